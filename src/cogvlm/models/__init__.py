@@ -1,0 +1,1 @@
+"""The models: tower, decoder, positions, and the mapping of tensor names."""

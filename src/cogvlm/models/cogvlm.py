@@ -1,0 +1,324 @@
+"""CogVLM2: tower, adapter and decoder put together.
+
+Shapes: ``B`` rows, ``L`` tokens, ``D`` width, ``V`` vocabulary, ``N`` images.
+
+Sequence of a row with one image (placeholders take the image's features, in row-major order)::
+
+    input_ids       bos  *    *  *  *  *    text text
+    token_type_ids  0    1    1  1  1  1    0    0
+                         boi  patches  eoi
+
+Several images in a row are several such blocks.  Padding is on the left.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ..config import CogVLMConfig
+from ..errors import InputError
+from . import positions
+from .language import (
+    DecoderLayer,
+    RMSNorm,
+    Step,
+    ZeroLinear,
+    inverse_frequencies,
+    rotary_table,
+)
+from .positions import Route
+from .vision import VisionModel
+
+Images = Tensor | list[Tensor] | None
+
+
+class CogVLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about every model here."""
+
+    config_class = CogVLMConfig
+    config: CogVLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer", "VisionLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, ZeroLinear):
+            nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+class CogVLMModel(CogVLMPreTrainedModel):
+    """Embeddings, tower and decoder; gives hidden states."""
+
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.vision = VisionModel(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, input_ids: Tensor, types: Tensor | None, images: Images) -> Tensor:
+        """Token embeddings with image features in place of the placeholders: ``float[B, L, D]``.
+
+        Raises:
+            InputError: the number of placeholders is not what the images give.
+        """
+        embeds: Tensor = self.embed_tokens(input_ids)
+        wanted = 0 if types is None else int((types == 1).sum())
+        if images is None or len(images) == 0:
+            if wanted:
+                raise InputError(f"{wanted} image tokens in input_ids, but no pixel_values")
+            return embeds
+        features = torch.cat(self.vision.encode(images))
+        if wanted != len(features):
+            raise InputError(
+                f"{wanted} image tokens in input_ids, but the {len(images)} images give "
+                f"{len(features)}; encode them together with the model's own processor"
+            )
+        assert types is not None
+        place = (types == 1).to(embeds.device)[..., None]
+        return embeds.masked_scatter(place, features.to(embeds))
+
+    def token_grids(self, images: Images) -> list[positions.Grid]:
+        """Rows and columns of tokens of every image."""
+        if images is None:
+            return []
+        vision = self.config.vision
+        grids = [self.vision.grid(*image.shape[-2:]) for image in images]
+        return [vision.token_grid(*grid) for grid in grids]
+
+    def position_ids(self, types: Tensor, mask: Tensor | None, images: Images) -> Tensor:
+        """Position ids of a whole prompt: ``int64[B, L]``, or ``int64[2, B, L]`` for RoPE-Tie."""
+        kind = self.config.image_positions
+        if kind == "shared":
+            return positions.shared_positions(types, mask)
+        if kind == "flat":
+            return positions.flat_positions(types, mask)
+        return positions.tie_positions(types, mask, self.token_grids(images))
+
+    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotary tables ``[B, L, d]`` in the configured mode."""
+        stored: Tensor = self.layers[0].self_attn.rotary_emb.inv_freq  # type: ignore[union-attr, assignment]
+        if self.config.rotary == "float32":
+            dim = self.config.head_dim
+            assert dim is not None
+            stored = inverse_frequencies(dim, self.config.rope_theta).to(stored.device)
+        return rotary_table(stored, position_ids.to(stored.device), dtype)
+
+    def attention_mask(
+        self, embeds: Tensor, types: Tensor | None, mask: Tensor | None, cache: Cache | None
+    ) -> Any:
+        """What the attention kernel takes; none where plain causal attention will do."""
+        blocks = None
+        if self.config.image_attention == "full" and types is not None and embeds.shape[1] > 1:
+            blocks = positions.block_ids(types)
+        if mask is not None and mask.ndim == 2 and bool(mask.all()):
+            mask = None
+        return create_causal_mask(self.config, embeds, mask, cache, block_sequence_ids=blocks)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Images = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the given tokens.
+
+        Args:
+            input_ids: ``int64[B, L]``; placeholders stand where images go.
+            token_type_ids: ``int64[B, L]``, 0 language, 1 image; none means all language.
+            attention_mask: ``int64[B, past + L]``, 1 real, 0 padding.
+            position_ids: of these tokens; needed when ``past_key_values`` holds any.
+            pixel_values: ``float[N, 3, H, W]`` or a list of ``float[3, H, W]``, in order of
+                appearance over the batch.
+            inputs_embeds: ``float[B, L, D]`` instead of ``input_ids``, features put in.
+            past_key_values: keys and values of earlier tokens; extended in place.
+            use_cache: make a cache if none is given.
+            output_hidden_states: also return the input of the first layer and the output of
+                every layer, the last after the final norm.
+
+        Raises:
+            InputError: images and placeholders do not fit, or positions are missing.
+        """
+        types = token_type_ids
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise InputError("give input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, types, pixel_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if types is None:
+            types = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long)
+            types = types.to(inputs_embeds.device)
+        if position_ids is None:
+            if past:
+                raise InputError(f"{past} tokens are cached: give position_ids for the new ones")
+            position_ids = self.position_ids(types, attention_mask, pixel_values)
+        cos, sin = self.rotary(position_ids, inputs_embeds.dtype)
+        decoding = inputs_embeds.shape[1] == 1 or self.config.visual_expert == "none"
+        experts = None if decoding else positions.expert_mask(types)
+        route = Route.text(*inputs_embeds.shape[:2]) if experts is None else Route.of(experts)
+        kernel_mask = self.attention_mask(inputs_embeds, types, attention_mask, past_key_values)
+        step = Step(route, cos, sin, kernel_mask, past_key_values)
+        return self.decode(inputs_embeds, step, bool(output_hidden_states))
+
+    def decode(self, embeds: Tensor, step: Step, all_states: bool) -> BaseModelOutputWithPast:
+        """Run the decoder layers over ``float[B, L, D]``."""
+        x = step.route.split(embeds)
+        states = [embeds]
+        for layer in self.layers:
+            x = layer(x, step)
+            if all_states:
+                states.append(step.route.join(x))
+        last = step.route.join(self.norm(x))
+        if all_states:
+            states[-1] = last
+        return BaseModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=step.cache,
+            hidden_states=tuple(states) if all_states else None,
+        )
+
+
+class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
+    """CogVLM2 with its head: logits, loss, ``generate``."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__(config)
+        self.model = CogVLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Images = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and with ``labels`` the loss; other arguments as :class:`CogVLMModel`.
+
+        Args:
+            labels: ``int64[B, L]``, -100 where nothing is predicted.  Logits are then computed
+                at the places that predict a label only, and returned as none.
+            logits_to_keep: the last so many positions get logits; 0 means all.
+            num_items_in_batch: divides the summed loss instead of the number of labels here.
+        """
+        out = self.model(
+            input_ids,
+            token_type_ids,
+            attention_mask,
+            position_ids,
+            pixel_values,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_hidden_states,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self.answer_loss(hidden, labels, num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden).float()
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )
+
+    def answer_loss(self, hidden: Tensor, labels: Tensor, count: int | Tensor | None) -> Tensor:
+        """Mean cross-entropy of the labels, each predicted from the place before it.
+
+        With no label at all it is zero, and still has a gradient (of zero).
+        """
+        shifted = labels[:, 1:].to(hidden.device)
+        asked = shifted != -100
+        logits = self.lm_head(hidden[:, :-1][asked]).float()  # [labels, V]
+        total = F.cross_entropy(logits, shifted[asked], reduction="sum")
+        return total / (count if count is not None else max(1, len(logits)))
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        types = model_kwargs.get("token_type_ids")
+        mask = model_kwargs.get("attention_mask")
+        if types is None:
+            types = torch.zeros_like(inputs_tensor if mask is None else mask)
+        return self.model.position_ids(types, mask, model_kwargs.get("pixel_values"))
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        types = model_kwargs.pop("token_type_ids", None)
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        if types is not None:  # what is generated is language, whatever the prompt ended with
+            updated["token_type_ids"] = F.pad(types, (0, num_new_tokens))
+        return updated
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if expand_size > 1 and kwargs.get("pixel_values") is not None:
+            # Encode once; images belong to rows by their placeholders, so repeat the embeddings.
+            raise InputError(
+                "several sequences a prompt (num_beams, num_return_sequences) are not supported "
+                "with images; repeat the prompt in the batch instead"
+            )
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[no-any-return]

@@ -1,0 +1,284 @@
+"""The decoder: a Llama-type language model with a visual expert in its layers.
+
+Knows nothing about pixels or about which token is which: a :class:`Route` tells it.
+
+Shapes: ``T`` tokens of the whole batch, grouped language first (see :class:`Route`), ``B`` rows,
+``L`` tokens a row, ``D`` width, ``H`` query heads, ``K`` key/value heads, ``d`` head width.
+
+Source: CogVLM paper section 2.2; released ``modeling_cogvlm.py`` of CogVLM2 (tensor names are
+the released ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..config import CogVLMConfig
+from .positions import Route
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32; the weight too, then cast, as released."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``float[..., D]`` -> the same shape and dtype."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight.float() * y).to(x.dtype)
+
+
+def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
+    """Rotary frequencies ``theta ** (-2 i / d)``: ``float32[d / 2]``."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def rotary_table(inv_freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every token, both halves: ``dtype[B, L, d]`` each.
+
+    Positions are cast to the dtype of ``inv_freq`` before anything is multiplied: with bfloat16
+    frequencies this is what the released code computes, rounding included.
+
+    Args:
+        inv_freq: ``float[d / 2]``.
+        positions: ``int[B, L]``; or ``int[2, B, L]``, where even frequencies turn by the first
+            and odd ones by the second (RoPE-2D: R(n, n) is R(n)).
+        dtype: of the activations.
+    """
+    if positions.ndim == 2:
+        angles = positions.to(inv_freq.dtype)[..., None] * inv_freq
+    else:
+        x, y = (p.to(inv_freq.dtype)[..., None] * inv_freq for p in positions)
+        even = torch.arange(len(inv_freq), device=inv_freq.device) % 2 == 0
+        angles = torch.where(even, x, y)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the two halves of each head against each other: ``float[B, H, L, d]``."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+class RotaryEmbedding(nn.Module):
+    """Holds ``inv_freq``, which the released files store in every layer."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(head_dim, theta))
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer whose fresh weights are zero."""
+
+
+class LowRank(nn.Module):
+    """A correction ``B(A(x))`` to another layer's output; zero at first (LoRA without scale)."""
+
+    def __init__(self, width_in: int, width_out: int, rank: int, bias: bool = False) -> None:
+        super().__init__()
+        self.lora_A = nn.Linear(width_in, rank, bias=False)
+        self.lora_B = ZeroLinear(rank, width_out, bias=bias)
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        """``base(x) + B(A(x))``."""
+        return base(x) + self.lora_B(self.lora_A(x))  # type: ignore[no-any-return]
+
+
+def expert_linear(width_in: int, width_out: int, rank: int | None, bias: bool) -> nn.Module:
+    """A vision expert's layer: full weights, or a low-rank correction to the language layer."""
+    if rank is None:
+        return nn.Linear(width_in, width_out, bias=bias)
+    return LowRank(width_in, width_out, rank, bias=bias)
+
+
+def apply_expert(expert: nn.Module, language: nn.Module, x: Tensor) -> Tensor:
+    """The vision expert's output for ``x``, whichever kind it is."""
+    out = expert(x, language) if isinstance(expert, LowRank) else expert(x)
+    return out  # type: ignore[no-any-return]
+
+
+def routed(
+    x: Tensor,
+    n_language: int,
+    language: Callable[[Tensor], Tensor],
+    vision: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Language tokens through one function, vision tokens through the other: ``[T, ...]``."""
+    if n_language == len(x):
+        return language(x)
+    if n_language == 0:
+        return vision(x)
+    return torch.cat((language(x[:n_language]), vision(x[n_language:])))
+
+
+@dataclass
+class Step:
+    """What every layer of one forward shares."""
+
+    route: Route
+    cos: Tensor  # [B, L, d]
+    sin: Tensor  # [B, L, d]
+    mask: Any  # what the attention kernel takes, or None for plain causal
+    cache: Cache | None
+
+
+def eager_attention(
+    module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention in plain products, softmax in float32; returns ``[B, L, H, d]``."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query * module.scaling) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), None
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over all tokens; projections by expert.
+
+    ``expert`` false leaves out the vision weights; the language ones then serve every token.
+    """
+
+    def __init__(self, config: CogVLMConfig, layer: int, expert: bool) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer
+        heads, kv, dim = config.num_attention_heads, config.num_multi_query_heads, config.head_dim
+        assert dim is not None
+        self.heads, self.kv_heads, self.head_dim = heads, kv, dim
+        self.num_key_value_groups = heads // kv
+        self.scaling = dim**-0.5
+        self.is_causal = True
+        width, rank = config.hidden_size, config.expert_rank
+        self.rotary_emb = RotaryEmbedding(dim, config.rope_theta)
+        if expert:
+            self.vision_expert_query_key_value = expert_linear(
+                width, (heads + 2 * kv) * dim, rank, bias=True
+            )
+            self.vision_expert_dense = expert_linear(heads * dim, width, rank, bias=False)
+        self.language_expert_query_key_value = nn.Linear(width, (heads + 2 * kv) * dim, bias=False)
+        self.language_expert_dense = nn.Linear(heads * dim, width, bias=False)
+        self.expert = expert
+
+    def project(self, x: Tensor, route: Route) -> Tensor:
+        """Queries, keys and values: grouped ``[T, D]`` -> ``[T, (H + 2 K) d]``."""
+        language = self.language_expert_query_key_value
+        if not self.expert:
+            return language(x)  # type: ignore[no-any-return]
+        expert = self.vision_expert_query_key_value
+        return routed(x, route.n_language, language, lambda v: apply_expert(expert, language, v))
+
+    def out(self, x: Tensor, route: Route) -> Tensor:
+        """Output projection: grouped ``[T, H d]`` -> ``[T, D]``."""
+        language = self.language_expert_dense
+        if not self.expert:
+            return language(x)  # type: ignore[no-any-return]
+        expert = self.vision_expert_dense
+        return routed(x, route.n_language, language, lambda v: apply_expert(expert, language, v))
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Grouped ``float[T, D]`` -> the same shape."""
+        qkv = step.route.join(self.project(x, step.route))  # [B, L, (H + 2 K) d]
+        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 K, L, d]
+        turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        query, key = rotate(turned, step.cos, step.sin).split((self.heads, self.kv_heads), dim=1)
+        if step.cache is not None:
+            key, value = step.cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        mixed, _ = attend(
+            self, query, key, value, step.mask, dropout=0.0, scaling=self.scaling
+        )  # [B, L, H, d]
+        return self.out(step.route.split(mixed.flatten(2)), step.route)
+
+
+class GatedMLP(nn.Module):
+    """SiLU-gated MLP without biases."""
+
+    def __init__(self, width: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``float[..., D]`` -> the same shape."""
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class LowRankMLP(nn.Module):
+    """The language model's gated MLP with a low-rank correction to each of its matrices."""
+
+    def __init__(self, width: int, inner: int, rank: int) -> None:
+        super().__init__()
+        self.gate_proj = LowRank(width, inner, rank)
+        self.up_proj = LowRank(width, inner, rank)
+        self.down_proj = LowRank(inner, width, rank)
+
+    def forward(self, x: Tensor, language: GatedMLP) -> Tensor:
+        """``float[..., D]`` -> the same shape."""
+        gate = language.activation(self.gate_proj(x, language.gate_proj))
+        return self.down_proj(gate * self.up_proj(x, language.up_proj), language.down_proj)  # type: ignore[no-any-return]
+
+
+class ExpertMLP(nn.Module):
+    """The gated MLP, once for language tokens and once for vision tokens."""
+
+    def __init__(self, config: CogVLMConfig, expert: bool) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.language_mlp = GatedMLP(width, inner, config.hidden_act)
+        self.vision_mlp: GatedMLP | LowRankMLP | None = None
+        if expert and config.expert_rank is None:
+            self.vision_mlp = GatedMLP(width, inner, config.hidden_act)
+        elif expert:
+            assert config.expert_rank is not None
+            self.vision_mlp = LowRankMLP(width, inner, config.expert_rank)
+
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        """Grouped ``float[T, D]`` -> the same shape."""
+        language, vision = self.language_mlp, self.vision_mlp
+        if vision is None:
+            return language(x)  # type: ignore[no-any-return]
+        if isinstance(vision, LowRankMLP):
+            low_rank = vision
+            return routed(x, route.n_language, language, lambda v: low_rank(v, language))
+        return routed(x, route.n_language, language, vision)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; norms are shared by both experts."""
+
+    def __init__(self, config: CogVLMConfig, layer: int) -> None:
+        super().__init__()
+        has = config.expert_in_layer(layer)
+        self.self_attn = Attention(config, layer, has and config.visual_expert == "all")
+        self.mlp = ExpertMLP(config, has)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Grouped ``float[T, D]`` -> the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        return x + self.mlp(self.post_attention_layernorm(x), step.route)  # type: ignore[no-any-return]
