@@ -1,0 +1,1 @@
+"""Training data: fonts, text, rendered lines; no torch at import."""
