@@ -1,0 +1,364 @@
+"""One batch of prompts to answers, whole or piece by piece.
+
+``B`` rows, ``L`` prompt tokens. The decoding loop is transformers' own ``generate``; a stopping
+criterion of ours sees every new token, and that is where streaming, the end of an answer, the stop
+on repetition and cancelling all hook in::
+
+    generate (a thread) --token--> Tap --queue--> Stream --text--> caller
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from ..errors import ConfigError, InputError, ResourceError
+from ..processor import Batch, Detokenizer, Message
+from .repetition import Repetition
+
+if TYPE_CHECKING:
+    from ..load import Loaded
+
+Stop = Literal["end", "length", "repetition", "cancelled"]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an answer is chosen and where it ends.
+
+    Raises:
+        ConfigError: a value is out of its range; the field is named.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    top_k: int = 0  # sample from so many tokens; 0: all
+    seed: int | None = None  # of sampling; the same seed, batch and machine give the same text
+    repetition_stop: bool = True  # end an answer that repeats itself, and keep one copy
+
+    def __post_init__(self) -> None:
+        _require("max_new_tokens", self.max_new_tokens, int, 1, math.inf)
+        _require("temperature", self.temperature, (int, float), 0.0, 100.0)
+        _require("top_p", self.top_p, (int, float), 0.0, 1.0)
+        _require("top_k", self.top_k, int, 0, math.inf)
+        if self.top_p == 0.0:
+            raise ConfigError("top_p=0 leaves no token; for greedy decoding say temperature=0")
+        if self.seed is not None:
+            _require("seed", self.seed, int, 0, 2**63 - 1)
+        if not isinstance(self.repetition_stop, bool):
+            raise ConfigError(f"repetition_stop={self.repetition_stop!r} is not true or false")
+
+
+def _require(name: str, value: Any, kind: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        wanted = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{name}={value!r} is not {wanted}")
+    if not low <= value <= high:
+        upper = f" to {high:g}" if high < math.inf else " or more"
+        raise ConfigError(f"{name}={value!r} is out of range: give {low:g}{upper}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one row gave.
+
+    Attributes:
+        text: The answer, special tokens left out.
+        ids: Its tokens, without the one that ends it.
+        stop: ``end`` (the model ended it), ``length`` (the limit did), ``repetition``, or
+            ``cancelled``.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    stop: Stop
+
+
+class Tap(StoppingCriteria):
+    """Collects the new tokens of every row and says which rows are done."""
+
+    def __init__(self, rows: int, end: frozenset[int], repetition: bool) -> None:
+        self.cancelled = threading.Event()
+        self.tokens: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        self._ids: list[list[int]] = [[] for _ in range(rows)]
+        self._stops: list[Stop | None] = [None] * rows
+        self._watches = [Repetition() if repetition else None for _ in range(rows)]
+        self._end = end
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        """``int64[B, L]`` so far -> ``bool[B]``, true where a row is done."""
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if self._stops[row] is None:
+                self._take(row, token)
+        done = [stop is not None or self.cancelled.is_set() for stop in self._stops]
+        return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
+
+    def _take(self, row: int, token: int) -> None:
+        if token in self._end:
+            self._stops[row] = "end"
+            return
+        self._ids[row].append(token)
+        watch, held = self._watches[row], 0
+        if watch is not None:
+            watch.push(token)
+            held = watch.held
+            if watch.unit is not None:
+                self._stops[row] = "repetition"
+        if row == 0:  # only a single row is ever streamed
+            self.tokens.put((token, held))
+
+    def ids(self, row: int) -> tuple[int, ...]:
+        """The tokens of a row's answer."""
+        ids, watch = self._ids[row], self._watches[row]
+        surplus = watch.surplus if watch is not None else 0
+        return tuple(ids[: len(ids) - surplus])
+
+    def stop(self, row: int) -> Stop:
+        """Why a row ended."""
+        return self._stops[row] or ("cancelled" if self.cancelled.is_set() else "length")
+
+
+def generate(loaded: Loaded, batch: Batch, settings: GenerationSettings) -> list[Answer]:
+    """Answer every row of ``batch``.
+
+    Raises:
+        InputError: a prompt is longer than the model's context.
+        ResourceError: not enough memory.
+    """
+    tap = _tap(loaded, batch, settings)
+    _run(loaded, batch, settings, tap)
+    decode = loaded.processor.decode
+    return [
+        Answer(decode(tap.ids(r)), tap.ids(r), tap.stop(r)) for r in range(len(batch.input_ids))
+    ]
+
+
+def complete(
+    loaded: Loaded, messages: Sequence[Message], settings: GenerationSettings | None = None
+) -> Answer:
+    """Answer one conversation.
+
+    Raises:
+        InputError: the conversation or a picture is not usable, or too long.
+        ResourceError: not enough memory.
+    """
+    batch = _single(loaded, messages)
+    return generate(loaded, batch, settings or GenerationSettings())[0]
+
+
+def stream(
+    loaded: Loaded, messages: Sequence[Message], settings: GenerationSettings | None = None
+) -> Stream:
+    """Answer one conversation piece by piece; the prompt is checked before this returns.
+
+    Raises:
+        InputError: the conversation or a picture is not usable, or too long.
+    """
+    return Stream(loaded, _single(loaded, messages), settings or GenerationSettings())
+
+
+class Stream:
+    """Pieces of text as they are generated; afterwards :attr:`answer` is the whole.
+
+    The pieces joined are ``answer.text``: what might be the surplus of a repetition is held back
+    until that is decided. Leaving the loop early, or :meth:`close`, stops the model.
+    """
+
+    def __init__(self, loaded: Loaded, batch: Batch, settings: GenerationSettings) -> None:
+        self._loaded = loaded
+        self._tap = _tap(loaded, batch, settings)
+        self._error: BaseException | None = None
+        self._answer: Answer | None = None
+        self._thread = threading.Thread(
+            target=self._work, args=(batch, settings), name="cogvlm-generate", daemon=True
+        )
+        self._pieces = self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the pieces are used up."""
+        if self._answer is None:
+            raise InputError("the stream is not at its end; read all pieces first")
+        return self._answer
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._pieces.close()
+
+    def _work(self, batch: Batch, settings: GenerationSettings) -> None:
+        try:
+            _run(self._loaded, batch, settings, self._tap)
+        except BaseException as error:  # handed to the reader, who raises it
+            self._error = error
+        finally:
+            self._tap.tokens.put(None)
+
+    def _read(self) -> Generator[str, None, None]:
+        text = Detokenizer(self._loaded.processor.tokenizer)
+        shown = 0
+        ids: list[int] = []
+        self._thread.start()
+        try:
+            while (item := self._next()) is not None:
+                token, held = item
+                ids.append(token)
+                piece = "".join(map(text.add, ids[shown : len(ids) - held]))
+                shown = max(shown, len(ids) - held)
+                if piece:
+                    yield piece
+        except BaseException:  # the caller leaves early, or Ctrl-C
+            self._tap.cancelled.set()
+            raise
+        finally:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        yield from self._rest(text, shown)
+
+    def _next(self) -> tuple[int, int] | None:
+        while True:
+            # A wait without limit could not be interrupted by Ctrl-C on Windows.
+            with contextlib.suppress(queue.Empty):
+                return self._tap.tokens.get(timeout=1.0)
+
+    def _rest(self, text: Detokenizer, shown: int) -> Iterator[str]:
+        ids = self._tap.ids(0)
+        piece = "".join(map(text.add, ids[shown:])) + text.finish()
+        self._answer = Answer(self._loaded.processor.decode(ids), ids, self._tap.stop(0))
+        if piece:
+            yield piece
+
+
+def _single(loaded: Loaded, messages: Sequence[Message]) -> Batch:
+    processor = loaded.processor
+    return processor.batch([processor.encode(messages)])
+
+
+def _tap(loaded: Loaded, batch: Batch, settings: GenerationSettings) -> Tap:
+    _room(loaded, batch)
+    return Tap(len(batch.input_ids), _end_ids(loaded), settings.repetition_stop)
+
+
+def _end_ids(loaded: Loaded) -> frozenset[int]:
+    """Every id that ends an answer: a model may have several."""
+    ids = {loaded.processor.tokenizer.eos_id}
+    for config in (loaded.model.config, loaded.model.generation_config):
+        given = getattr(config, "eos_token_id", None)
+        ids.update(given if isinstance(given, list) else [given])
+    return frozenset(i for i in ids if i is not None)
+
+
+def _room(loaded: Loaded, batch: Batch) -> int | None:
+    """Positions left for the answer, ``None`` if the model states no limit.
+
+    Raises:
+        InputError: none is left.
+    """
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    used = batch.attention_mask.sum(1)
+    if getattr(loaded.model.config, "image_positions", None) == "shared":
+        # The patches of an image have one position together, and its two markers one each.
+        patches = (batch.token_type_ids == 1).sum(1)
+        used = used - patches + 3 * torch.tensor(batch.image_counts).numpy()
+    longest = int(used.max())
+    if longest >= limit:
+        raise InputError(
+            f"the prompt has {longest} positions, the model has {limit} for prompt and answer; "
+            "shorten the text or give fewer or smaller pictures"
+        )
+    return int(limit) - longest
+
+
+def _run(loaded: Loaded, batch: Batch, settings: GenerationSettings, tap: Tap) -> None:
+    """Generate; the outcome is in ``tap``."""
+    model: Any = loaded.model
+    device = model.device
+    room = _room(loaded, batch)
+    config = _transformers_config(loaded, settings, room)
+    images = [torch.from_numpy(image).to(device) for image in batch.pixel_values]
+    with _memory_errors(batch), _seeded(settings.seed, device):
+        model.generate(
+            input_ids=torch.from_numpy(batch.input_ids).to(device),
+            attention_mask=torch.from_numpy(batch.attention_mask).to(device),
+            token_type_ids=torch.from_numpy(batch.token_type_ids).to(device),
+            pixel_values=images or None,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([tap]),
+        )
+
+
+def _transformers_config(
+    loaded: Loaded, settings: GenerationSettings, room: int | None
+) -> GenerationConfig:
+    """Everything that decides the outcome, so that nothing hidden in a model's files does."""
+    tokenizer = loaded.processor.tokenizer
+    end = sorted(_end_ids(loaded))
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else next(iter(end), 0)
+    count = settings.max_new_tokens if room is None else min(settings.max_new_tokens, room)
+    sample = settings.temperature > 0
+    chosen: dict[str, Any] = {"do_sample": sample}
+    if sample:
+        chosen |= {
+            "temperature": float(settings.temperature),
+            "top_p": float(settings.top_p),
+            "top_k": settings.top_k,
+        }
+    return GenerationConfig(
+        max_new_tokens=count,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=end or None,
+        pad_token_id=pad,
+        use_cache=True,
+        **chosen,
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Sample from ``seed``; the global generators are as before afterwards."""
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _memory_errors(batch: Batch) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _no_memory(batch) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise _no_memory(batch) from error
+
+
+def _no_memory(batch: Batch) -> ResourceError:
+    rows, length = batch.input_ids.shape
+    return ResourceError(
+        f"out of memory with {rows} prompts of {length} tokens; use a smaller batch size, smaller "
+        "pictures, --precision bfloat16, or another device"
+    )
