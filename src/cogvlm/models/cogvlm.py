@@ -13,7 +13,7 @@ Several images in a row are several such blocks.  Padding is on the left.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,8 @@ class CogVLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer", "VisionLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["DecoderLayer", "VisionLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -63,7 +63,7 @@ class CogVLMPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
+            if not isinstance(module, nn.Embedding) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
@@ -220,7 +220,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
 class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
     """CogVLM2 with its head: logits, loss, ``generate``."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: CogVLMConfig) -> None:
         super().__init__(config)
@@ -295,7 +295,8 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if types is None:
             types = torch.zeros_like(inputs_tensor if mask is None else mask)
-        return self.model.position_ids(types, mask, model_kwargs.get("pixel_values"))
+        found: Tensor = self.model.position_ids(types, mask, model_kwargs.get("pixel_values"))
+        return found
 
     def _update_model_kwargs_for_generation(
         self,
@@ -312,13 +313,14 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
             updated["token_type_ids"] = F.pad(types, (0, num_new_tokens))
         return updated
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         if expand_size > 1 and kwargs.get("pixel_values") is not None:
-            # Encode once; images belong to rows by their placeholders, so repeat the embeddings.
             raise InputError(
                 "several sequences a prompt (num_beams, num_return_sequences) are not supported "
                 "with images; repeat the prompt in the batch instead"
             )
-        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[no-any-return]
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        rows: tuple[Tensor, dict[str, Any]] = expand(expand_size, *args, **kwargs)
+        return rows

@@ -1,0 +1,1 @@
+"""Training: one loop, one step; stages bring batches and a loss."""

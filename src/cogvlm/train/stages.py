@@ -1,0 +1,169 @@
+"""Builders: a recipe in, the objective of its stage out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.render import HELD_OUT_SEED, line_stream
+from ..errors import ConfigError
+from ..hub import language_model
+from ..load import compose, language_tensors, skeleton
+from ..models.checkpoint import is_vision, read_safetensors
+from ..models.vision import VisionModel
+from ..processor import Processor
+from ..processor.image import NativePixels
+from ..processor.template import TEMPLATES
+from ..processor.tokenizer import FastTokenizer
+from .align import AlignObjective, CellPieces, ReaderWithAdapter
+from .answer import AnswerObjective, Prompt
+from .lines import LinePools
+from .loop import Objective
+from .read import Reader, ReadObjective
+from .recipe import Recipe
+
+IMAGE_TOKEN = "<empty_output>"  # of SmolLM2, unused in text; its embedding is replaced
+
+
+def pixel_plan(recipe: Recipe) -> NativePixels:
+    """The picture rule of the recipe's model."""
+    vision = recipe.model_config.vision
+    rows, cols = vision.table_grid
+    return NativePixels(vision.patch_size, vision.merge, rows, cols)
+
+
+def line_pools(recipe: Recipe, held_out: bool) -> LinePools:
+    """Training or held-out pools of a recipe."""
+    seed = HELD_OUT_SEED if held_out else recipe.seed
+    data = recipe.data
+    stream = line_stream(
+        seed,
+        held_out=held_out,
+        min_chars=data.min_chars,
+        max_chars=data.max_chars,
+        strength=data.strength,
+        fonts=data.fonts,
+        texts=data.texts,
+    )
+    return LinePools(stream, pixel_plan(recipe), data.batch_size, data.pool_size, seed)
+
+
+def read_tensors(files: tuple[str, ...]) -> dict[str, Tensor]:
+    """All tensors of some safetensors files; later files win."""
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        tensors.update(read_safetensors(Path(name)))
+    return tensors
+
+
+def initialise(module: torch.nn.Module, std: float = 0.02) -> None:
+    """Fresh weights: normal matrices, zero biases, unit norms, small embeddings and markers."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+
+
+def fresh_vision(recipe: Recipe) -> VisionModel:
+    """Tower and adapter with fresh weights, then those of the recipe's ``init`` files."""
+    vision = VisionModel(recipe.model_config)
+    initialise(vision)
+    found = {k.removeprefix("model.vision."): v for k, v in read_tensors(recipe.init).items()}
+    vision.load_state_dict({k: v for k, v in found.items() if k in vision.state_dict()}, False)
+    return vision
+
+
+def take_head(reader: Reader, recipe: Recipe) -> None:
+    """The character head of the recipe's ``init`` files, where they have one."""
+    for name, tensor in read_tensors(recipe.init).items():
+        if name.startswith("head."):
+            reader.get_parameter(name).data.copy_(tensor)
+
+
+def common(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What every objective on lines takes."""
+    return {
+        "train_pools": line_pools(recipe, held_out=False),
+        "eval_pools": line_pools(recipe, held_out=True),
+        "device": device,
+        "workers": recipe.data.workers,
+    }
+
+
+def read(recipe: Recipe, device: torch.device) -> Objective:
+    """Stage "read": tower and character head."""
+    vision = recipe.model_config.vision
+    reader = Reader(fresh_vision(recipe), vision.hidden_size)
+    take_head(reader, recipe)
+    return ReadObjective(
+        trained=reader.to(device), patch=vision.patch_size, **common(recipe, device)
+    )
+
+
+def align(recipe: Recipe, device: torch.device) -> Objective:
+    """Stage "align": tower, character head and adapter, towards the frozen embeddings."""
+    config = recipe.model_config
+    reader = ReaderWithAdapter(fresh_vision(recipe), config.vision.hidden_size)
+    take_head(reader, recipe)
+    folder = language_model(recipe.language)
+    tokenizer = FastTokenizer.from_folder(folder)
+    embeddings = read_safetensors(folder / "model.safetensors")["model.embed_tokens.weight"]
+    return AlignObjective(
+        trained=reader.to(device),
+        patch=config.vision.patch_size,
+        embeddings=embeddings,
+        pieces=CellPieces(tokenizer),
+        blank=tokenizer.encode("\n")[0],
+        merge=config.vision.merge,
+        **common(recipe, device),
+    )
+
+
+def fresh_experts(recipe: Recipe) -> dict[str, Tensor]:
+    """Expert tensors that change nothing yet: low-rank corrections with a zero second factor."""
+    shapes = {k: v.shape for k, v in skeleton(recipe.model_config).state_dict().items()}
+    generator = torch.Generator().manual_seed(recipe.seed)
+    out: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if is_vision(name) and not name.startswith("model.vision."):
+            out[name] = torch.zeros(shape)
+            if "lora_A" in name:
+                out[name].normal_(std=shape[1] ** -0.5, generator=generator)
+    return out
+
+
+def answer(recipe: Recipe, device: torch.device) -> Objective:
+    """Stage "answer": adapter and experts (and the tower) through the frozen language model."""
+    config = recipe.model_config
+    if config.expert_rank is None:
+        raise ConfigError("stage 'answer' trains low-rank experts: set config.expert_rank")
+    vision = {f"model.vision.{k}": v for k, v in fresh_vision(recipe).state_dict().items()}
+    given = {k: v for k, v in read_tensors(recipe.init).items() if is_vision(k)}
+    tensors = {**fresh_experts(recipe), **vision, **given}
+    model = compose(config, tensors, language_tensors(recipe.language))
+    tokenizer = FastTokenizer.from_folder(language_model(recipe.language))
+    image_token = tokenizer.token_id(IMAGE_TOKEN)
+    assert image_token is not None
+    processor = Processor(tokenizer, TEMPLATES["chatml"], pixel_plan(recipe), image_token)
+    move: Any = model.to  # its stub has lost the bound self
+    move(device)
+    return AnswerObjective(
+        trained=model,
+        processor=processor,
+        prompts=[Prompt.of(processor, q) for q in recipe.questions],
+        scales={"tower": recipe.tower_lr, "adapter": 1.0, "experts": 1.0},
+        seed=recipe.seed,
+        **common(recipe, device),
+    )
+
+
+STAGES: dict[str, Callable[[Recipe, torch.device], Objective]] = {
+    "read": read,
+    "align": align,
+    "answer": answer,
+}

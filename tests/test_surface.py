@@ -1,0 +1,73 @@
+"""The public names: a change here is a change for every user, and belongs in the changelog."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import cogvlm
+from cogvlm.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+NAMES = """
+Answer CheckpointError CogVLMConfig CogVLMError CogVLMForCausalLM ConfigError DownloadError
+GenerationSettings Image ImageError InputError Loaded Message MessageError Processor ResourceError
+Text VisionConfig __version__ assistant complete open_model preset run_file stream system user
+""".split()  # noqa: SIM905
+
+OPTIONS = {
+    "ask": """images question --model --system --max-new-tokens --temperature --top-p --top-k
+        --seed --precision --device --repetition-stop --json""",
+    "run": """requests --output --model --batch-size --max-new-tokens --temperature --top-p
+        --top-k --seed --precision --device --repetition-stop --json""",
+    "train": "recipe --set --out --resume",
+    "eval": "requests --output --model --batch-size --max-new-tokens --precision --device",
+    "render": "folder --count --seed --held-out --min-chars --max-chars --strength",
+    "doctor": "--json",
+}
+
+
+def test_the_exported_names_are_frozen() -> None:
+    assert sorted(cogvlm.__all__) == sorted(NAMES)
+    assert set(NAMES) <= set(dir(cogvlm))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_exported_name_is_there(name: str) -> None:
+    value = getattr(cogvlm, name)
+    assert value is getattr(cogvlm, name)
+    if name != "__version__":
+        assert value.__module__.startswith("cogvlm.")
+        assert value.__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = cogvlm.nothing
+
+
+def test_what_type_checkers_see_is_what_there_is() -> None:
+    source = (ROOT / "src/cogvlm/__init__.py").read_text(encoding="utf-8")
+    seen = re.findall(r"^    from \.\S+ import \w+ as (\w+)", source, flags=re.MULTILINE)
+    assert sorted(seen) == sorted(set(NAMES) - {"__version__"})
+
+
+def test_the_commands_and_options_are_frozen() -> None:
+    group = get_command(app)
+    found = {
+        name: [p.opts[0] if p.opts[0].startswith("--") else p.name for p in command.params]
+        for name, command in group.commands.items()
+    }
+    assert found == {name: options.split() for name, options in OPTIONS.items()}
+
+
+def test_the_package_is_typed_and_says_its_version_once() -> None:
+    assert (ROOT / "src/cogvlm/py.typed").exists()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", cogvlm.__version__)
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in pyproject
+    assert cogvlm.__version__ not in pyproject

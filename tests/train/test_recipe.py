@@ -1,0 +1,66 @@
+"""Every recipe in the repository loads; wrong ones are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogvlm.errors import ConfigError, ResourceError
+from cogvlm.train import recipe, stages
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_recipe_loads(path: Path) -> None:
+    loaded = recipe.load(path)
+    assert loaded.stage in stages.STAGES
+    assert loaded.name == path.stem
+    assert loaded.model_config.vision.hidden_size > 0
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: read\nschedule: {steps: 1, lrr: 2}", "did you mean 'lr'"),
+        ("stage: read\nschedul: {steps: 1}", "did you mean 'schedule'"),
+        ("stage: read", "steps"),
+        ("schedule: {steps: 1}", "stage"),
+        ("- a\n- b", "keys and values"),
+        ("stage: [", "not valid YAML"),
+    ],
+)
+def test_wrong_recipes_name_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe.load(write(tmp_path, text))
+
+
+def test_settings_override_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "stage: read\nschedule: {steps: 5}")
+    changed = recipe.load(path, ["schedule.steps=9", "config.expert_rank=2", "init=[a, b]"])
+    assert changed.schedule.steps == 9
+    assert changed.model_config.expert_rank == 2
+    assert changed.init == ("a", "b")
+    with pytest.raises(ConfigError, match="write key=value"):
+        recipe.load(path, ["steps"])
+
+
+def test_unknown_stage_and_missing_device(tmp_path: Path) -> None:
+    loaded = recipe.load(write(tmp_path, "stage: dance\nschedule: {steps: 1}"))
+    with pytest.raises(ConfigError, match="'dance' is not one of"):
+        recipe.objective(loaded)
+    if not recipe.torch.cuda.is_available():
+        with pytest.raises(ResourceError, match="no CUDA here"):
+            recipe.pick_device("cuda")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read"):
+        recipe.load(tmp_path / "gone.yaml")
