@@ -179,7 +179,7 @@ def test_run_names_what_is_missing(asked: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_train_hands_over_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cogvlm.train import recipe
+    from cogvlm.train import run as training
 
     calls: list[tuple[Any, ...]] = []
 
@@ -187,7 +187,7 @@ def test_train_hands_over_what_was_said(tmp_path: Path, monkeypatch: pytest.Monk
         calls.append(arguments)
         return tmp_path / "out"
 
-    monkeypatch.setattr(recipe, "run", run)
+    monkeypatch.setattr(training, "run", run)
     file = tmp_path / "r.yaml"
     file.write_text("stage: read\n")
     result = cogvlm_("train", file, "--set", "seed=3", "--set", "data.workers=2", "--fresh")
@@ -203,7 +203,7 @@ def test_train_hands_over_what_was_said(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(*_: Any) -> None:
         raise ConfigError("r.yaml: unknown key 'sed'; did you mean 'seed'?")
 
-    monkeypatch.setattr(recipe, "run", refuse)
+    monkeypatch.setattr(training, "run", refuse)
     assert cogvlm_("train", file).exit_code == 2
 
 

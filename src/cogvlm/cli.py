@@ -215,9 +215,9 @@ def train(
     if not recipe.is_file():
         raise InputError(f"{recipe}: no such recipe")
     _quiet_libraries()
-    from .train import recipe as recipes
+    from .train.run import run as run_recipe
 
-    folder = recipes.run(recipe, changes or [], out, resume)
+    folder = run_recipe(recipe, changes or [], out, resume)
     typer.echo(str(folder))
 
 

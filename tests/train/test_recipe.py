@@ -8,6 +8,7 @@ import pytest
 
 from cogvlm.errors import ConfigError, ResourceError
 from cogvlm.train import recipe, stages
+from cogvlm.train.run import objective
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -55,10 +56,10 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
 def test_unknown_stage_and_missing_device(tmp_path: Path) -> None:
     loaded = recipe.load(write(tmp_path, "stage: dance\nschedule: {steps: 1}"))
     with pytest.raises(ConfigError, match="'dance' is not one of"):
-        recipe.objective(loaded)
-    if not recipe.torch.cuda.is_available():
-        with pytest.raises(ResourceError, match="no CUDA here"):
-            recipe.pick_device("cuda")
+        objective(loaded)
+    far = recipe.load(write(tmp_path, "stage: read\nschedule: {steps: 1}\ndevice: cuda:99"))
+    with pytest.raises(ResourceError, match="device 'cuda:99' is not usable here"):
+        objective(far)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -120,8 +120,8 @@ class AnswerObjective:
         for index in range(self.eval_count):
             for batch in self.eval_pools.pool(index):
                 inputs = self.inputs(batch, self.prompts[0], answers=False)
-                generate: Any = self.trained.generate
-                out: Tensor = generate(
+                model: Any = self.trained  # the stub of generate takes itself twice
+                out: Tensor = model.generate(
                     **inputs, max_new_tokens=48, do_sample=False, eos_token_id=self.end
                 )
                 new = out[:, inputs["input_ids"].shape[1] :].tolist()

@@ -173,7 +173,7 @@ class Loop:
             group["lr"] = self.schedule.lr * group["scale"] * self.schedule.factor(self.step)
         loss, figures = self.objective.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, self.schedule.clip)
         if not torch.isfinite(norm):

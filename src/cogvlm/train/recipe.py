@@ -1,4 +1,4 @@
-"""A recipe file (YAML) to a finished run.
+"""A recipe file (YAML) to a checked recipe.
 
 A recipe names its ``stage``; each stage knows its own keys and refuses others.  Everything that
 decides the outcome is in the file: seeds, data, schedule, the files it starts from.
@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
 import yaml
 
 from ..config import CogVLMConfig, preset
-from ..errors import ConfigError, ResourceError, refuse_unknown
-from .loop import Loop, Objective, Schedule
+from ..errors import ConfigError, refuse_unknown
+from .loop import Schedule
 
 T = TypeVar("T")
 
@@ -115,45 +114,3 @@ def load(path: Path, assignments: list[str] | None = None) -> Recipe:
     if "data" in values:
         values["data"] = build(LineData, values["data"], f"{path}: data")
     return build(Recipe, values, str(path))
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA, else Apple's MPS, else the CPU.
-
-    Raises:
-        ResourceError: the named device is not here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ResourceError(f"device {name!r}: no CUDA here; use device: cpu")
-    return torch.device(name)
-
-
-def objective(recipe: Recipe) -> Objective:
-    """The objective of a recipe's stage.
-
-    Raises:
-        ConfigError: no such stage.
-    """
-    from . import stages
-
-    if recipe.stage not in stages.STAGES:
-        raise ConfigError(f"stage {recipe.stage!r} is not one of {', '.join(stages.STAGES)}")
-    return stages.STAGES[recipe.stage](recipe, pick_device(recipe.device))
-
-
-def run(path: Path, overrides: list[str], out: Path | None, resume: bool) -> Path:
-    """Train what ``path`` says into ``out`` (default ``runs/NAME``); returns ``out``.
-
-    A checkpoint found in ``out`` is taken up unless ``resume`` is false.
-    """
-    recipe = load(path, overrides)
-    torch.manual_seed(recipe.seed)
-    loop = Loop(objective(recipe), recipe.schedule, out or Path("runs") / recipe.name)
-    if resume and loop.resume():
-        print(f"resuming {loop.out} at step {loop.step} of {recipe.schedule.steps}", flush=True)
-    loop.run()
-    return loop.out

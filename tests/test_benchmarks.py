@@ -1,0 +1,146 @@
+"""The benchmarks run, compare the right things, and measure exactly; never how fast."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+KEYS = {"name", "commit", "quick", "machine", "clock", "dtype", "sizes", "max_abs_difference"}
+KEYS |= {"agree", "milliseconds", "ratios", "ratio_is", "goals", "ok"}
+RATIOS = {
+    "routing": {"prefill_text", "prefill_image", "decode_text", "decode_image"},
+    "released_way": {
+        f"{what}{case}{more}"
+        for what, more in (
+            ("prefill", ""),
+            ("prefill", "_all_logits"),
+            ("decode", ""),
+            ("memory", ""),
+            ("memory", "_with_weights"),
+        )
+        for case in ("", "_batch")
+    },
+}
+GOALS = {"routing": {"prefill_text", "prefill_image"}}
+GOALS["released_way"] = {"prefill", "decode", "memory"}
+
+
+def quick(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(FOLDER / f"{name}.py"), "--quick", *options],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["routing", "released_way"])
+def test_quick_run_ends_with_one_json_line_and_both_sides_agree(name: str) -> None:
+    done = quick(name)
+    assert done.returncode == 0, done.stderr
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert set(line) >= KEYS
+    assert (line["name"], line["quick"], line["clock"]) == (name, True, "wall")
+    assert set(line["ratios"]) == RATIOS[name]
+    assert set(line["goals"]) == GOALS[name]
+    assert line["ok"] == all(goal["met"] for goal in line["goals"].values())
+    assert line["agree"] is True
+    assert line["max_abs_difference"]
+    assert all(0 <= d <= 1e-4 for d in line["max_abs_difference"].values())
+    assert all(t["median"] > 0 for t in line["milliseconds"].values())
+    assert all(math.isfinite(r["ratio"]) and r["ratio"] > 0 for r in line["ratios"].values())
+
+
+def test_a_prompt_without_text_is_refused() -> None:
+    done = quick("routing", "--image", "39")
+    assert done.returncode == 2
+    assert "--image 39 leaves no text" in done.stderr
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import common
+    import released_way
+    import routing
+    import sides
+
+    return {m.__name__: m for m in (common, released_way, routing, sides)}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("wrong", ["experts", "positions", "mask"])
+def test_a_wrong_side_would_be_seen(modules: dict[str, ModuleType], wrong: str) -> None:
+    sides, released_way = modules["sides"], modules["released_way"]
+    sizes = sides.Sizes.tiny()
+    model = sides.build(sizes)
+    prompt = sides.make_prompt(model, sizes, (0, 5))
+    theirs: Tensor = released_way.ReleasedWay(model).prefill(prompt)
+    changed, ids = prompt, model.model.position_ids(prompt.types, prompt.mask, None)
+    if wrong == "experts":
+        changed = replace(prompt, types=torch.zeros_like(prompt.types))
+    elif wrong == "positions":
+        ids = torch.arange(sizes.prompt).expand_as(ids)
+    else:
+        changed = replace(prompt, mask=None)
+    ours = sides.Ours(model, logits_to_keep=0).prefill(changed, ids)
+    assert (ours - theirs)[prompt.real].abs().max() > 0.01
+
+
+def test_sides_take_turns_and_ratios_are_of_medians(modules: dict[str, ModuleType]) -> None:
+    common = modules["common"]
+    calls: list[tuple[str, int]] = []
+    now = iter(range(100))
+    sides = {name: lambda i, name=name: calls.append((name, i)) for name in "ab"}
+    times = common.interleave(sides, repeats=2, warmup=1, clock=lambda: float(next(now)))
+    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert times == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert common.ratio([4.0, 9.0, 2.0], [2.0, 3.0, 1.0]) == {"ratio": 2.0, "q1": 2.0, "q3": 2.5}
+    assert common.spread([0.001, 0.003]) == {"median": 2.0, "q1": 1.5, "q3": 2.5, "n": 2}
+
+
+def test_memory_and_operators_are_counted_exactly(modules: dict[str, ModuleType]) -> None:
+    common = modules["common"]
+    before = torch.ones(1000)
+
+    def work() -> None:
+        first = before * 2  # 4,000 bytes
+        second = torch.cat((first, first))  # 8,000 more
+        del first
+        second.view(2, -1).add_(1)
+
+    assert common.peak_bytes(work) == 12_000
+    assert common.operators(work) == 3  # the view is none
+
+
+def test_goals_and_disagreement_decide(modules: dict[str, ModuleType]) -> None:
+    common, sides = modules["common"], modules["sides"]
+    run = common.Run(sides.Sizes.tiny())
+
+    def line(ratio: float, difference: float) -> dict[str, Any]:
+        goals = {"speed": common.Goal("at_least", 1.5)}
+        ratios = {"speed": {"ratio": ratio}}
+        result = common.Result("x", run, {}, {}, ratios, goals, {"logits": difference}, 1e-4, {})
+        found: dict[str, Any] = json.loads(result.line())
+        return found
+
+    assert line(1.5, 0.0)["ok"] is True
+    assert line(1.4, 0.0)["goals"] == {"speed": {"at_least": 1.5, "met": False}}
+    assert (line(1.4, 0.0)["ok"], line(1.4, 0.0)["agree"]) == (False, True)
+    assert (line(2.0, 1e-3)["ok"], line(2.0, 1e-3)["agree"]) == (False, False)
+    assert line(2.0, math.nan)["agree"] is False
+    assert not common.Goal("at_most", 1.05).met(1.06)

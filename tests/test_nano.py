@@ -1,0 +1,59 @@
+"""The shipped model: reads print through the full path, and is its language model without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from cogvlm import GenerationSettings, Loaded, complete, open_model, user
+from cogvlm.eval.run import score_file
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "src" / "cogvlm" / "weights" / "nano"
+QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")
+
+
+def test_the_weights_are_small() -> None:
+    assert sum(p.stat().st_size for p in WEIGHTS.iterdir()) < 40_000_000
+
+
+@pytest.fixture(scope="module")
+def nano(language_model: Path) -> Loaded:
+    return open_model("nano", device="cpu")
+
+
+@pytest.mark.slow
+def test_real_documents_are_read(nano: Loaded, tmp_path: Path) -> None:
+    """Far above chance, with room for another machine's rounding; the card has the figure."""
+    requests = ROOT / "examples" / "lines" / "requests.jsonl"
+    score = score_file(requests, tmp_path / "answers.jsonl", nano)
+    assert score.failed == 0
+    assert score.cer < 0.25
+
+
+@pytest.mark.slow
+def test_the_example_is_read(nano: Loaded) -> None:
+    answer = complete(nano, [user(ROOT / "examples" / "line.png", "What does the picture say?")])
+    truth = json.loads((ROOT / "examples" / "line.json").read_text())["truth"]
+    assert answer.text.strip() == truth
+
+
+@pytest.mark.slow
+def test_without_a_picture_nano_is_smollm2(nano: Loaded, language_model: Path) -> None:
+    llama = LlamaForCausalLM.from_pretrained(language_model, dtype=torch.float32).eval()
+    for question in QUESTIONS:
+        encoded = nano.processor.encode([user(question)])
+        ids = torch.from_numpy(encoded.input_ids)[None]
+        with torch.no_grad():
+            ours, theirs = nano.model(ids).logits, llama(ids).logits
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+        expected = llama.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+        )
+        text = nano.processor.decode(expected[0, ids.shape[1] :].tolist())
+        answer = complete(nano, [user(question)], GenerationSettings(max_new_tokens=24))
+        assert answer.text.strip() == text.strip()
