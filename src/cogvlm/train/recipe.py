@@ -48,6 +48,7 @@ class Recipe:
     language: str = "smollm2-135m-instruct"  # frozen language model, for align and answer
     data: LineData = field(default_factory=LineData)
     questions: tuple[str, ...] = ("What does the picture say?",)  # for answer
+    adapter_lr: float = 1.0  # learning-rate scale of the adapter in stage answer
     tower_lr: float = 0.1  # learning-rate scale of the tower in stage answer; 0 freezes it
     device: str = "auto"
 

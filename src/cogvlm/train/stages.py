@@ -145,8 +145,13 @@ def answer(recipe: Recipe, device: torch.device) -> Objective:
     vision = {f"model.vision.{k}": v for k, v in fresh_vision(recipe).state_dict().items()}
     given = {k: v for k, v in read_tensors(recipe.init).items() if is_vision(k)}
     tensors = {**fresh_experts(recipe), **vision, **given}
-    model = compose(config, tensors, language_tensors(recipe.language))
+    language = language_tensors(recipe.language)
     tokenizer = FastTokenizer.from_folder(language_model(recipe.language))
+    newline = language["model.embed_tokens.weight"][tokenizer.encode("\n")[0]]
+    for marker in ("model.vision.boi", "model.vision.eoi"):
+        if not tensors[marker].any():  # fresh: something the language model knows
+            tensors[marker] = newline.clone().view(1, 1, -1)
+    model = compose(config, tensors, language)
     image_token = tokenizer.token_id(IMAGE_TOKEN)
     assert image_token is not None
     processor = Processor(tokenizer, TEMPLATES["chatml"], pixel_plan(recipe), image_token)
@@ -156,7 +161,7 @@ def answer(recipe: Recipe, device: torch.device) -> Objective:
         trained=model,
         processor=processor,
         prompts=[Prompt.of(processor, q) for q in recipe.questions],
-        scales={"tower": recipe.tower_lr, "adapter": 1.0, "experts": 1.0},
+        scales={"tower": recipe.tower_lr, "adapter": recipe.adapter_lr, "experts": 1.0},
         seed=recipe.seed,
         **common(recipe, device),
     )
