@@ -29,7 +29,7 @@ def nano(language_model: Path) -> Loaded:
 
 @pytest.mark.slow
 def test_real_documents_are_read(nano: Loaded, tmp_path: Path) -> None:
-    """Better than chance (about 0.9), with room for another machine's rounding; the card has the figure."""
+    """Better than chance (about 0.9); the card has the figure."""
     requests = ROOT / "examples" / "lines" / "requests.jsonl"
     score = score_file(requests, tmp_path / "answers.jsonl", nano)
     assert score.failed == 0
