@@ -77,6 +77,6 @@ def test_python_examples_use_exported_names(path: Path) -> None:
 
 def test_nothing_names_a_machine_or_a_registry() -> None:
     """A user's clone holds no absolute home, work or index address."""
-    words = re.compile(r"/home/\w+/|/root/|/" + r"work/|pypi\." + r"org|pythonhosted")
+    words = re.compile(r"/home/\w+/|/root/|/" + r"work/|pypi\." + r"org|python" + r"hosted")
     for path in [*DOCUMENTS, *ROOT.glob("src/**/*.py"), *ROOT.glob("recipes/*.yaml")]:
         assert not words.search(path.read_text(encoding="utf-8")), path
