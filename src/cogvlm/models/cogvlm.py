@@ -141,8 +141,6 @@ class CogVLMModel(CogVLMPreTrainedModel):
         blocks = None
         if self.config.image_attention == "full" and types is not None and embeds.shape[1] > 1:
             blocks = positions.block_ids(types)
-        if mask is not None and mask.ndim == 2 and bool(mask.all()):
-            mask = None
         return create_causal_mask(self.config, embeds, mask, cache, block_sequence_ids=blocks)
 
     def forward(

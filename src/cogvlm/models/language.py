@@ -11,7 +11,6 @@ the released ones).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,24 +108,18 @@ def expert_linear(width_in: int, width_out: int, rank: int | None, bias: bool) -
     return LowRank(width_in, width_out, rank, bias=bias)
 
 
-def apply_expert(expert: nn.Module, language: nn.Module, x: Tensor) -> Tensor:
-    """The vision expert's output for ``x``, whichever kind it is."""
-    out = expert(x, language) if isinstance(expert, LowRank) else expert(x)
-    return out  # type: ignore[no-any-return]
+def routed(x: Tensor, n_language: int, language: nn.Module, expert: nn.Module | None) -> Tensor:
+    """Language tokens through the language layer, vision tokens through the expert: ``[T, ...]``.
 
-
-def routed(
-    x: Tensor,
-    n_language: int,
-    language: Callable[[Tensor], Tensor],
-    vision: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Language tokens through one function, vision tokens through the other: ``[T, ...]``."""
-    if n_language == len(x):
-        return language(x)
-    if n_language == 0:
-        return vision(x)
-    return torch.cat((language(x[:n_language]), vision(x[n_language:])))
+    A low-rank expert corrects the language layer's output; without an expert the language layer
+    serves every token.
+    """
+    if expert is None or n_language == len(x):
+        return language(x)  # type: ignore[no-any-return]
+    vision = x[n_language:]
+    low_rank = isinstance(expert, LowRank | LowRankMLP)
+    seen: Tensor = expert(vision, language) if low_rank else expert(vision)
+    return seen if n_language == 0 else torch.cat((language(x[:n_language]), seen))
 
 
 @dataclass
@@ -170,6 +163,8 @@ class Attention(nn.Module):
         self.is_causal = True
         width, rank = config.hidden_size, config.expert_rank
         self.rotary_emb = RotaryEmbedding(dim, config.rope_theta)
+        self.vision_expert_query_key_value: nn.Module | None = None
+        self.vision_expert_dense: nn.Module | None = None
         if expert:
             self.vision_expert_query_key_value = expert_linear(
                 width, (heads + 2 * kv) * dim, rank, bias=True
@@ -177,23 +172,15 @@ class Attention(nn.Module):
             self.vision_expert_dense = expert_linear(heads * dim, width, rank, bias=False)
         self.language_expert_query_key_value = nn.Linear(width, (heads + 2 * kv) * dim, bias=False)
         self.language_expert_dense = nn.Linear(heads * dim, width, bias=False)
-        self.expert = expert
 
     def project(self, x: Tensor, route: Route) -> Tensor:
         """Queries, keys and values: grouped ``[T, D]`` -> ``[T, (H + 2 K) d]``."""
-        language = self.language_expert_query_key_value
-        if not self.expert:
-            return language(x)  # type: ignore[no-any-return]
-        expert = self.vision_expert_query_key_value
-        return routed(x, route.n_language, language, lambda v: apply_expert(expert, language, v))
+        language, expert = self.language_expert_query_key_value, self.vision_expert_query_key_value
+        return routed(x, route.n_language, language, expert)
 
     def out(self, x: Tensor, route: Route) -> Tensor:
         """Output projection: grouped ``[T, H d]`` -> ``[T, D]``."""
-        language = self.language_expert_dense
-        if not self.expert:
-            return language(x)  # type: ignore[no-any-return]
-        expert = self.vision_expert_dense
-        return routed(x, route.n_language, language, lambda v: apply_expert(expert, language, v))
+        return routed(x, route.n_language, self.language_expert_dense, self.vision_expert_dense)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Grouped ``float[T, D]`` -> the same shape."""
@@ -258,13 +245,7 @@ class ExpertMLP(nn.Module):
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """Grouped ``float[T, D]`` -> the same shape."""
-        language, vision = self.language_mlp, self.vision_mlp
-        if vision is None:
-            return language(x)  # type: ignore[no-any-return]
-        if isinstance(vision, LowRankMLP):
-            low_rank = vision
-            return routed(x, route.n_language, language, lambda v: low_rank(v, language))
-        return routed(x, route.n_language, language, vision)
+        return routed(x, route.n_language, self.language_mlp, self.vision_mlp)
 
 
 class DecoderLayer(GradientCheckpointingLayer):

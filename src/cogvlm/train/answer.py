@@ -132,7 +132,7 @@ class AnswerObjective:
         return {"cer": cer(predictions, truths), "lines": float(len(truths))}
 
     def export(self, folder: Path) -> None:
-        """Write config.json, processor.json (by hand) and the vision part as bfloat16."""
+        """Write config.json, and the vision part as bfloat16 into model.safetensors."""
         state = self.trained.state_dict()
         tensors = {
             name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
