@@ -77,7 +77,7 @@ def test_training_lowers_the_loss_and_logs_it(tmp_path: Path) -> None:
 def test_learning_rates_follow_the_parts(tmp_path: Path) -> None:
     loop = Loop(Line(), PLAN, tmp_path)
     loop.one_step(next(Line().batches(0)))
-    rates = {group["scale"]: group["lr"] for group in loop.optimizer.param_groups}
+    rates = {g["scale"]: g["lr"] for o in loop.optimizers for g in o.param_groups}
     assert rates == {0.5: 0.0125, 1.0: 0.025}  # first of two warm-up steps
 
 

@@ -111,10 +111,11 @@ def test_align_moves_tokens_to_the_embeddings(tmp_path: Path) -> None:
         **common(),  # type: ignore[arg-type]
     )
     batch = objective.train_pools.pool(0)[0]
-    target = objective.targets(batch)
+    shares = objective.shares(batch)
     first = cut_into_cells(batch.texts[0], batch.centers[0], batch.pixels.shape[-1] // 28, 28)[0]
     expected = objective.embeddings[[ord(c) for c in first]].mean(0)
-    torch.testing.assert_close(target[0, 0], expected)
+    torch.testing.assert_close((shares @ objective.rivals)[0, 0], expected)
+    assert float(objective.distances(objective.rivals).diagonal().abs().max()) < 1e-4
     before = objective.loss(batch)[1]["distance"]
     plan = Schedule(steps=60, lr=3e-3, warmup=5, log_every=20, eval_every=99, save_every=99)
     Loop(objective, plan, tmp_path).run()

@@ -9,8 +9,10 @@ embedding of a newline::
     row 0      Th e_  ca t_      targets: embeddings of these pieces
     row 1      \\n \\n  \\n \\n
 
-The frozen model, which can repeat what it was just told, then needs little more than to be told
-that it should.  The tower goes on learning characters at the same time.
+A token must be nearer to its target than to any other short word piece, or a doubtful one would
+settle between several and mean none: the loss is the cross-entropy of the pieces by distance, and
+the distance itself.  The frozen model, which can repeat what it was just told, then needs little
+more than to be told that it should.  The tower goes on learning characters at the same time.
 """
 
 from __future__ import annotations
@@ -66,6 +68,13 @@ class CellPieces:
         return ids
 
 
+def short_pieces(tokenizer: Tokenizer, vocab: int, longest: int) -> Ids:
+    """Ids of the word pieces of 1 to ``longest`` printable ASCII characters, and of a newline."""
+    texts = ((i, tokenizer.decode([i])) for i in range(vocab))
+    fitting = [i for i, s in texts if 0 < len(s) <= longest and s.isascii() and s.isprintable()]
+    return sorted({*fitting, *tokenizer.encode("\n")})
+
+
 class ReaderWithAdapter(Reader):
     """The reader, and the adapter on the same tower."""
 
@@ -81,39 +90,64 @@ class ReaderWithAdapter(Reader):
 
 @dataclass
 class AlignObjective(ReadObjective):
-    """Characters of each column, and the distance of image tokens to their targets."""
+    """Characters of each column, and the word pieces of each cell."""
 
     trained: ReaderWithAdapter
     embeddings: Tensor = field(kw_only=True)  # float[V, D] of the language model, frozen
     pieces: CellPieces = field(kw_only=True)
     blank: int = field(kw_only=True)  # id of the word piece for empty cells
     merge: int = 2
+    longest: int = 3  # characters of the pieces that a token is told apart from
+    temperature: float = 0.1
 
-    def targets(self, batch: LineBatch) -> Tensor:
-        """``float[N, T, D]``, row-major."""
-        height, width = batch.pixels.shape[-2:]
+    def __post_init__(self) -> None:
+        self.embeddings = self.embeddings.to(self.device)
+        self.scale = float(self.embeddings.square().mean())
+        ids = short_pieces(self.pieces.tokenizer, len(self.embeddings), self.longest)
+        self.rivals = self.embeddings[ids]  # float[R, D]
+        self.rival = {piece: i for i, piece in enumerate(ids)}
+
+    def shares(self, batch: LineBatch) -> Tensor:
+        """What each cell of the first row says: ``float[N, cols, R]``, its pieces in equal parts.
+
+        All zero, which is then not learned, where a piece is too long to be among the rivals.
+        """
         cell = self.patch * self.merge
-        rows, cols = height // cell, width // cell
-        out = self.embeddings[self.blank].expand(len(batch.texts), rows * cols, -1).clone()
+        cols = batch.pixels.shape[-1] // cell
+        out = torch.zeros(len(batch.texts), cols, len(self.rivals))
         for i, (text, xs) in enumerate(zip(batch.texts, batch.centers, strict=True)):
             for j, spelled in enumerate(cut_into_cells(text, xs, cols, cell)):
-                if spelled:
-                    out[i, j] = self.embeddings[self.pieces(spelled)].mean(0)
-        return out
+                ids = self.pieces(spelled) if spelled else [self.blank]
+                for piece in ids if all(i in self.rival for i in ids) else []:
+                    out[i, j, self.rival[piece]] += 1 / len(ids)
+        return out.to(self.device)
+
+    def distances(self, tokens: Tensor) -> Tensor:
+        """``float[..., D]`` -> squared distances to the rivals ``float[..., R]``.
+
+        In units of the embeddings' mean square, averaged over dimensions: two pieces are about 2
+        apart.
+        """
+        square = tokens.square().sum(-1, keepdim=True) + self.rivals.square().sum(-1)
+        return (square - 2 * tokens @ self.rivals.T) / (self.scale * tokens.shape[-1])
 
     def loss(self, batch: LineBatch) -> tuple[Tensor, dict[str, float]]:
         """See :class:`cogvlm.train.loop.Objective`."""
-        pixels = torch.from_numpy(batch.pixels).to(self.device)
-        logits, tokens = self.trained.both(pixels)
+        logits, tokens = self.trained.both(torch.from_numpy(batch.pixels).to(self.device))
         labels = self.labels(batch).to(self.device)
         read = nn.functional.cross_entropy(logits.flatten(0, 2).float(), labels.flatten())
-        target = self.targets(batch).to(self.device)
-        written = (target != self.embeddings[self.blank].to(target)).any(-1)
-        error = (tokens.float() - target).square().mean(-1) / self.embeddings.square().mean()
-        weight = torch.where(written, 1.0, 0.1)
-        distance = (error * weight).sum() / weight.sum()
-        figures = {"read": float(read.detach()), "distance": float(error[written].mean().detach())}
-        return read + distance, figures
+        shares = self.shares(batch)
+        first, rest = tokens.float().split((shares.shape[1], tokens.shape[1] - shares.shape[1]), 1)
+        told = shares.any(-1)
+        first, shares = first[told], shares[told]  # [cells, D] and [cells, R]
+        names = (-self.distances(first) / self.temperature).log_softmax(-1)
+        piece = -(shares * names).sum(-1).mean()
+        near = (first - shares @ self.rivals).square().mean() / self.scale
+        below = (rest - self.embeddings[self.blank]).square().sum() / max(1, rest.numel())
+        right = (names.argmax(-1) == shares.argmax(-1)).float().mean()
+        figures = {"read": read, "piece": piece, "distance": near, "piece_accuracy": right}
+        loss = read + 0.2 * piece + near + 0.1 * below / self.scale
+        return loss, {k: float(v.detach()) for k, v in figures.items()}
 
     def export(self, folder: Path) -> None:
         """Write ``vision.safetensors``: tower, adapter and the character head."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from .muon import Muon
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Schedule:
     """How a run is optimised; every number is per optimiser step.
 
     ``lr`` rises linearly over ``warmup`` steps, then follows ``decay`` down to
-    ``lr * final`` at ``steps``.
+    ``lr * final`` at ``steps``.  With ``optimizer="muon"`` the matrices inside layers are Muon's,
+    the rest is AdamW's, at the same learning rate.
     """
 
     steps: int
+    optimizer: str = "adamw"  # adamw | muon
     lr: float = 1e-3
     warmup: int = 200
     decay: str = "cosine"  # cosine | linear | constant
@@ -46,6 +49,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"schedule: steps is {self.steps}; give 1 or more")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ConfigError(f"schedule: optimizer {self.optimizer!r} is not adamw or muon")
         if self.decay not in ("cosine", "linear", "constant"):
             raise ConfigError(f"schedule: decay {self.decay!r} is not cosine, linear or constant")
 
@@ -94,17 +99,32 @@ class Objective(Protocol):
         ...
 
 
-def parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters that train, by learning-rate scale; matrices decay, vectors do not."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether this is a matrix inside a layer, neither embedding nor head."""
+    return parameter.ndim == 2 and ".layers." in name
+
+
+def optimizers(objective: Objective, plan: Schedule) -> list[torch.optim.Optimizer]:
+    """One for everything, or two for ``optimizer="muon"``.
+
+    Parameters are grouped by their learning-rate scale; matrices decay, vectors do not.
+    """
+    groups: dict[tuple[bool, float, float], list[Tensor]] = {}
     for name, parameter in objective.trained.named_parameters():
         if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((objective.lr_scale(name), decay), []).append(parameter)
-    return [
-        {"params": params, "scale": scale, "weight_decay": decay}
-        for (scale, decay), params in groups.items()
-    ]
+            muon = plan.optimizer == "muon" and is_hidden_matrix(name, parameter)
+            decay = plan.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((muon, objective.lr_scale(name), decay), []).append(parameter)
+    sides: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for (muon, scale, decay), params in groups.items():
+        sides[muon].append({"params": params, "scale": scale, "weight_decay": decay})
+    made: list[torch.optim.Optimizer] = []
+    if sides[False]:
+        betas = (plan.beta1, plan.beta2)
+        made.append(torch.optim.AdamW(sides[False], lr=plan.lr, betas=betas))
+    if sides[True]:
+        made.append(Muon(sides[True], lr=plan.lr))
+    return made
 
 
 class Loop:
@@ -117,11 +137,7 @@ class Loop:
     def __init__(self, objective: Objective, schedule: Schedule, out: Path) -> None:
         self.objective, self.schedule, self.out = objective, schedule, out
         self.step = 0
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(objective, schedule.weight_decay),
-            lr=schedule.lr,
-            betas=(schedule.beta1, schedule.beta2),
-        )
+        self.optimizers = optimizers(objective, schedule)
         out.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -139,7 +155,7 @@ class Loop:
         state = {
             "step": self.step,
             "model": self.trainable(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
         }
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -155,7 +171,8 @@ class Loop:
             return False
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         mine = self.trainable()
-        if set(mine) != set(state["model"]):
+        kept = state.get("optimizers", ())
+        if set(mine) != set(state["model"]) or len(kept) != len(self.optimizers):
             raise CheckpointError(
                 f"{self.checkpoint}: made by another model or recipe; choose another --out, "
                 "or begin anew with --fresh"
@@ -163,25 +180,29 @@ class Loop:
         with torch.no_grad():
             for name, value in state["model"].items():
                 mine[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, values in zip(self.optimizers, kept, strict=True):
+            optimizer.load_state_dict(values)
         self.step = int(state["step"])
         return True
 
     def one_step(self, batch: Any) -> dict[str, float]:
         """Forward, backward, clip, update."""
-        for group in self.optimizer.param_groups:
+        groups = [group for o in self.optimizers for group in o.param_groups]
+        for group in groups:
             group["lr"] = self.schedule.lr * group["scale"] * self.schedule.factor(self.step)
+        params = [p for group in groups for p in group["params"]]
         loss, figures = self.objective.loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in params:
+            p.grad = None
         loss.backward()
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, self.schedule.clip)
         if not torch.isfinite(norm):
             raise CheckpointError(
                 f"step {self.step}: the gradient is not finite; resume from {self.checkpoint} "
                 "with a lower schedule.lr"
             )
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         return {"loss": float(loss.detach()), "grad_norm": float(norm), **figures}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,13 @@ def fresh_vision(recipe: Recipe) -> VisionModel:
     """Tower and adapter with fresh weights, then those of the recipe's ``init`` files."""
     vision = VisionModel(recipe.model_config)
     initialise(vision)
-    found = {k.removeprefix("model.vision."): v for k, v in read_tensors(recipe.init).items()}
-    vision.load_state_dict({k: v for k, v in found.items() if k in vision.state_dict()}, False)
+    given = {k.removeprefix("model.vision."): v for k, v in read_tensors(recipe.init).items()}
+    shapes = {k: v.shape for k, v in vision.state_dict().items()}
+    found = {k: v for k, v in given.items() if k in shapes}
+    other = [k for k, v in found.items() if v.shape != shapes[k]]
+    if other:
+        print(f"fresh, since init has them in another shape: {', '.join(other)}", file=sys.stderr)
+    vision.load_state_dict({k: v for k, v in found.items() if k not in other}, strict=False)
     return vision
 
 
@@ -143,8 +149,9 @@ def answer(recipe: Recipe, device: torch.device) -> Objective:
     if config.expert_rank is None:
         raise ConfigError("stage 'answer' trains low-rank experts: set config.expert_rank")
     vision = {f"model.vision.{k}": v for k, v in fresh_vision(recipe).state_dict().items()}
-    given = {k: v for k, v in read_tensors(recipe.init).items() if is_vision(k)}
-    tensors = {**fresh_experts(recipe), **vision, **given}
+    given = read_tensors(recipe.init)
+    experts = {k: given.get(k, v) for k, v in fresh_experts(recipe).items()}
+    tensors = {**experts, **vision}
     language = language_tensors(recipe.language)
     tokenizer = FastTokenizer.from_folder(language_model(recipe.language))
     newline = language["model.embed_tokens.weight"][tokenizer.encode("\n")[0]]
