@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from .config import CogVLMConfig
+from .config import CogVLMConfig, recognise
 from .errors import CheckpointError, ResourceError
 from .hub import language_model, resolve
 from .models.checkpoint import from_llama, is_vision, read_safetensors, report
@@ -22,11 +22,6 @@ from .models.cogvlm import CogVLMForCausalLM
 from .models.language import inverse_frequencies
 from .processor import Processor
 from .processor.tokenizer import FastTokenizer, read_json
-
-_UNSUPPORTED = {  # keys of config.json that only another architecture has
-    "cross_image_size": "CogAgent",
-    "multi_query_group_num": "GLM-4V",
-}
 
 
 @dataclass(frozen=True)
@@ -48,17 +43,7 @@ def read_config(folder: Path) -> CogVLMConfig:
     values = read_json(folder / "config.json")
     if values is None:
         raise CheckpointError(f"{folder} has no config.json; give a model's folder or name")
-    for key, family in _UNSUPPORTED.items():
-        if key in values:
-            raise CheckpointError(
-                f"{folder} is a {family} model, which this version does not run; it runs CogVLM2"
-            )
-    if "num_multi_query_heads" not in values:
-        raise CheckpointError(
-            f"{folder}/config.json has no num_multi_query_heads: a first-generation CogVLM or "
-            "another model, which this version does not run; it runs CogVLM2"
-        )
-    return CogVLMConfig(**values)
+    return recognise(values, f"{folder}/config.json")
 
 
 def pick(device: str | torch.device | None) -> torch.device:

@@ -81,6 +81,9 @@ def cases(outputs: Tensors) -> dict[str, Tensors]:
     for name, tensor in outputs.items():
         case, what = name.split(".", 1)
         found.setdefault(case, {})[what] = tensor
+    chat, base = found.get("chat"), found.get("base")
+    if chat and base and "pixel_values" not in base:  # the frames of both, stored once
+        base["pixel_values"] = chat["pixel_values"]
     return found
 
 
@@ -122,6 +125,9 @@ def check_case(model: CogVLMForCausalLM, case: str, given: Tensors, report: Repo
             report.fail(name, f"this checker does not know {what!r}")
 
 
+CHECKS = {"CogVLMConfig": check_case}  # by the class of the configuration
+
+
 def greedy(model: CogVLMForCausalLM, inputs: dict[str, Any], length: int) -> Tensor:
     """Prompt and greedy continuation up to ``length`` tokens; nothing stops it."""
     model.generation_config.eos_token_id = None
@@ -153,6 +159,7 @@ def main(folder: Path) -> int:
         print(json.dumps({"folder": folder.name, "ok": False, "error": str(error)}))
         return 2
     report = Report()
+    check_case = CHECKS[type(model.config).__name__]
     with torch.no_grad():
         for case, given in cases(outputs).items():
             check_case(model, case, given, report)

@@ -167,7 +167,7 @@ class Attention(nn.Module):
         self.vision_expert_dense: nn.Module | None = None
         if expert:
             self.vision_expert_query_key_value = expert_linear(
-                width, (heads + 2 * kv) * dim, rank, bias=True
+                width, (heads + 2 * kv) * dim, rank, bias=config.expert_bias
             )
             self.vision_expert_dense = expert_linear(heads * dim, width, rank, bias=False)
         self.language_expert_query_key_value = nn.Linear(width, (heads + 2 * kv) * dim, bias=False)
@@ -182,8 +182,11 @@ class Attention(nn.Module):
         """Output projection: grouped ``[T, H d]`` -> ``[T, D]``."""
         return routed(x, route.n_language, self.language_expert_dense, self.vision_expert_dense)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """Grouped ``float[T, D]`` -> the same shape."""
+    def forward(self, x: Tensor, step: Step, last: bool = False) -> Tensor:
+        """Grouped ``float[T, D]`` -> the same shape; ``float[B, D]`` of ``last`` tokens alone.
+
+        The last token of a row attends to all of it, and is always a language token.
+        """
         qkv = step.route.join(self.project(x, step.route))  # [B, L, (H + 2 K) d]
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 K, L, d]
         turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
@@ -193,10 +196,14 @@ class Attention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
+        route, mask = step.route, step.mask
+        if last:
+            query, route = query[:, :, -1:], Route.text(route.batch, 1)
+            mask = mask[..., -1:, :] if mask is not None and mask.ndim == 4 else mask
         mixed, _ = attend(
-            self, query, key, value, step.mask, dropout=0.0, scaling=self.scaling
+            self, query, key, value, mask, dropout=0.0, scaling=self.scaling
         )  # [B, L, H, d]
-        return self.out(step.route.split(mixed.flatten(2)), step.route)
+        return self.out(route.split(mixed.flatten(2)), route)
 
 
 class GatedMLP(nn.Module):
@@ -259,7 +266,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """Grouped ``float[T, D]`` -> the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), step)
-        return x + self.mlp(self.post_attention_layernorm(x), step.route)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, step: Step, last: bool = False) -> Tensor:
+        """Grouped ``float[T, D]`` -> the same shape; ``float[B, D]`` of ``last`` tokens alone."""
+        mixed = self.self_attn(self.input_layernorm(x), step, last)
+        route = step.route
+        if last:
+            x, route = route.join(x)[:, -1], Route.text(route.batch, 1)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x), route)  # type: ignore[no-any-return]

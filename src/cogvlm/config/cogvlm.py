@@ -1,46 +1,17 @@
-"""Configuration of every model of the family, and named presets.
+"""Configuration of CogVLM, CogVLM2 and CogVLM2-Video, which are one class.
 
 The field names are those of the released ``config.json`` files where one exists; the options that
-the released code does not have default to what it does.  Unknown keys are refused.
+the released code does not have default to what CogVLM2 does.  Unknown keys are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError, refuse_unknown
-
-# Keys that transformers wrote into every config.json of the 4.x series; they say nothing about
-# the architecture, so they are read over.
-_LEGACY_KEYS = frozenset(
-    """
-    _commit_hash _name_or_path add_cross_attention attn_implementation auto_map
-    bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label is_decoder label2id length_penalty max_length min_length
-    model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_scores prefix pruned_heads
-    quantization_config remove_invalid_values repetition_penalty return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p use_bfloat16
-    """.split()  # noqa: SIM905
-)
-
-
-def _check_keys(config: PreTrainedConfig, extra: Iterable[str], where: str) -> None:
-    known = set(type(config).__dataclass_fields__)
-    given = [k for k in extra if k not in _LEGACY_KEYS and not k.startswith("_")]
-    refuse_unknown(given, known, where)
-
-
-def _choice(value: str, options: tuple[str, ...], name: str) -> None:
-    if value not in options:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(options)}")
+from ..errors import ConfigError
+from .keys import check_choice, check_keys
 
 
 class VisionConfig(PreTrainedConfig):
@@ -76,10 +47,10 @@ class VisionConfig(PreTrainedConfig):
     adapter_layers: int = 2  # cross-attention layers, for adapter="qformer"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_keys(self, kwargs, "vision_config")
+        check_keys(self, kwargs, "vision_config")
         super().__post_init__(**kwargs)
-        _choice(self.grid, ("square", "native"), "vision_config.grid")
-        _choice(self.adapter, ("conv_glu", "linear_glu", "qformer"), "vision_config.adapter")
+        check_choice(self.grid, ("square", "native"), "vision_config.grid")
+        check_choice(self.adapter, ("conv_glu", "linear_glu", "qformer"), "vision_config.adapter")
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"vision_config: hidden_size {self.hidden_size} is not a multiple of "
@@ -150,6 +121,8 @@ class CogVLMConfig(PreTrainedConfig):
     # Rotary tables. "reference": in the dtype of the stored inv_freq, positions too, as the
     # released bfloat16 code computes them; "float32": exact, a different model in bfloat16.
     rotary: Literal["reference", "float32"] = "reference"
+    # Whether the experts' query_key_value has a bias (CogVLM2) or none (CogVLM).
+    expert_bias: bool = True
     # Which parts of a layer have a second set of weights for image tokens.
     visual_expert: Literal["all", "mlp", "none"] = "all"
     expert_every: int = 1  # only layers 0, n, 2n, ... have an expert
@@ -162,14 +135,14 @@ class CogVLMConfig(PreTrainedConfig):
     vision_config: VisionConfig | dict[str, Any] | None = None  # the tower and the adapter
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_keys(self, kwargs, "config.json")
+        check_keys(self, kwargs, "config.json")
         if not isinstance(self.vision_config, VisionConfig):
             self.vision_config = VisionConfig(**(self.vision_config or {}))
         super().__post_init__(**kwargs)
-        _choice(self.rotary, ("reference", "float32"), "rotary")
-        _choice(self.visual_expert, ("all", "mlp", "none"), "visual_expert")
-        _choice(self.image_positions, ("shared", "flat", "rope_tie"), "image_positions")
-        _choice(self.image_attention, ("causal", "full"), "image_attention")
+        check_choice(self.rotary, ("reference", "float32"), "rotary")
+        check_choice(self.visual_expert, ("all", "mlp", "none"), "visual_expert")
+        check_choice(self.image_positions, ("shared", "flat", "rope_tie"), "image_positions")
+        check_choice(self.image_attention, ("causal", "full"), "image_attention")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ConfigError(
@@ -194,78 +167,3 @@ class CogVLMConfig(PreTrainedConfig):
         """``vision_config``, as the object it always is after construction."""
         assert isinstance(self.vision_config, VisionConfig)
         return self.vision_config
-
-
-def _toy(**changes: Any) -> dict[str, Any]:
-    """Small numbers for tests: every dimension differs from every other."""
-    vision = {
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_heads": 4,
-        "intermediate_size": 80,
-        "image_size": 56,
-        "num_positions": 17,
-    }
-    base: dict[str, Any] = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_multi_query_heads": 2,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-        "vision_config": {**vision, **changes.pop("vision_config", {})},
-    }
-    return {**base, **changes}
-
-
-_NANO: dict[str, Any] = {
-    # SmolLM2-135M-Instruct
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_multi_query_heads": 3,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000.0,
-    "rotary": "float32",
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-    "template_version": "chatml",
-    "language_model": "smollm2-135m-instruct",
-    "expert_rank": 16,
-    "image_positions": "flat",
-    "vision_config": {
-        "hidden_size": 192,
-        "num_hidden_layers": 6,
-        "num_heads": 6,
-        "intermediate_size": 768,
-        "grid": "native",
-        "max_rows": 4,
-        "max_cols": 64,
-        "num_positions": 257,
-        "adapter_intermediate_size": 768,
-    },
-}
-
-
-def preset(name: str, **changes: Any) -> CogVLMConfig:
-    """A named configuration: ``cogvlm2`` (19B), ``nano``, ``toy``; ``changes`` override fields.
-
-    Raises:
-        ConfigError: no preset of that name.
-
-    >>> preset("cogvlm2").vision.num_hidden_layers
-    63
-    """
-    made = {"cogvlm2": dict, "nano": lambda **c: {**_NANO, **c}, "toy": _toy}
-    if name not in made:
-        raise ConfigError(f"no preset {name!r}; known: {', '.join(sorted(made))}")
-    return CogVLMConfig(**made[name](**changes))

@@ -1,0 +1,83 @@
+"""Named configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ConfigError
+from .cogvlm import CogVLMConfig
+
+
+def _toy(**changes: Any) -> dict[str, Any]:
+    """Small numbers for tests: every dimension differs from every other."""
+    vision = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 80,
+        "image_size": 56,
+        "num_positions": 17,
+    }
+    base: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_multi_query_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "vision_config": {**vision, **changes.pop("vision_config", {})},
+    }
+    return {**base, **changes}
+
+
+_NANO: dict[str, Any] = {
+    # SmolLM2-135M-Instruct
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_multi_query_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "rotary": "float32",
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "template_version": "chatml",
+    "language_model": "smollm2-135m-instruct",
+    "expert_rank": 16,
+    "image_positions": "flat",
+    "vision_config": {
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_heads": 6,
+        "intermediate_size": 768,
+        "grid": "native",
+        "max_rows": 4,
+        "max_cols": 64,
+        "num_positions": 257,
+        "adapter_intermediate_size": 2048,
+    },
+}
+
+
+def preset(name: str, **changes: Any) -> CogVLMConfig:
+    """A named configuration: ``cogvlm2`` (19B), ``nano``, ``toy``; ``changes`` override fields.
+
+    Raises:
+        ConfigError: no preset of that name.
+
+    >>> preset("cogvlm2").vision.num_hidden_layers
+    63
+    """
+    made = {"cogvlm2": dict, "nano": lambda **c: {**_NANO, **c}, "toy": _toy}
+    if name not in made:
+        raise ConfigError(f"no preset {name!r}; known: {', '.join(sorted(made))}")
+    return CogVLMConfig(**made[name](**changes))
