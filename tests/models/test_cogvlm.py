@@ -71,6 +71,24 @@ def test_left_padded_batch_equals_single_runs(model: CogVLMForCausalLM) -> None:
 
 
 @torch.no_grad()
+def test_last_logits_alone_are_the_last_of_all(model: CogVLMForCausalLM) -> None:
+    rows = [row(model, 3, image(1), 4), row(model, 2, image(2)), row(model, 6)]
+    batch = left_pad(rows)
+    alone = model(**batch, logits_to_keep=1, use_cache=True)
+    assert alone.logits.shape == (3, 1, model.config.vocab_size)
+    whole = model(**batch, use_cache=True)
+    torch.testing.assert_close(alone.logits, whole.logits[:, -1:], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        alone.past_key_values.layers, whole.past_key_values.layers, strict=True
+    ):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-5)
+    seen: list[int] = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda m, x, y: seen.append(len(x[0])))
+    model(**batch, logits_to_keep=1)
+    assert seen == [3]  # one token a row went through the last MLP
+
+
+@torch.no_grad()
 def test_batched_generation_equals_single() -> None:
     model = toy_model()
     rows = [row(model, 1, image(1), 3), row(model, 9), row(model, 2, image(2), image(3))]

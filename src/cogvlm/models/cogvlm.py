@@ -72,6 +72,11 @@ class CogVLMPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
 
+def can_attend_alone(mask: Any) -> bool:
+    """Whether one query can be taken out of a kernel's mask (flex attention's blocks cannot)."""
+    return mask is None or isinstance(mask, Tensor)
+
+
 class CogVLMModel(CogVLMPreTrainedModel):
     """Embeddings, tower and decoder; gives hidden states."""
 
@@ -154,6 +159,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        last_only: bool = False,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the given tokens.
@@ -170,6 +176,8 @@ class CogVLMModel(CogVLMPreTrainedModel):
             use_cache: make a cache if none is given.
             output_hidden_states: also return the input of the first layer and the output of
                 every layer, the last after the final norm.
+            last_only: ``last_hidden_state`` is of the last token of each row alone,
+                ``float[B, 1, D]``: what the last layer computes for the others is left out.
 
         Raises:
             InputError: images and placeholders do not fit, or positions are missing.
@@ -195,7 +203,23 @@ class CogVLMModel(CogVLMPreTrainedModel):
         route = Route.text(*inputs_embeds.shape[:2]) if experts is None else Route.of(experts)
         kernel_mask = self.attention_mask(inputs_embeds, types, attention_mask, past_key_values)
         step = Step(route, cos, sin, kernel_mask, past_key_values)
-        return self.decode(inputs_embeds, step, bool(output_hidden_states))
+        if last_only and not output_hidden_states and can_attend_alone(kernel_mask):
+            return self.decode_last(inputs_embeds, step)
+        out = self.decode(inputs_embeds, step, bool(output_hidden_states))
+        if last_only:
+            out.last_hidden_state = out.last_hidden_state[:, -1:]
+        return out
+
+    def decode_last(self, embeds: Tensor, step: Step) -> BaseModelOutputWithPast:
+        """Run the decoder over ``float[B, L, D]`` for the last token of each row.
+
+        Every layer but the last needs all tokens; the last one needs their keys and values only.
+        """
+        x = step.route.split(embeds)
+        for layer in self.layers[:-1]:
+            x = layer(x, step)
+        last = self.norm(self.layers[-1](x, step, last=True))  # [B, D]
+        return BaseModelOutputWithPast(last_hidden_state=last[:, None], past_key_values=step.cache)
 
     def decode(self, embeds: Tensor, step: Step, all_states: bool) -> BaseModelOutputWithPast:
         """Run the decoder layers over ``float[B, L, D]``."""
@@ -260,6 +284,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
             past_key_values,
             use_cache,
             output_hidden_states,
+            last_only=logits_to_keep == 1 and labels is None,
             **kwargs,
         )
         hidden = out.last_hidden_state
