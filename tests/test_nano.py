@@ -29,18 +29,18 @@ def nano(language_model: Path) -> Loaded:
 
 @pytest.mark.slow
 def test_real_documents_are_read(nano: Loaded, tmp_path: Path) -> None:
-    """Better than chance (about 0.9); the card has the figure."""
+    """The bound is the goal of this edition; the card has the figure."""
     requests = ROOT / "examples" / "lines" / "requests.jsonl"
     score = score_file(requests, tmp_path / "answers.jsonl", nano)
     assert score.failed == 0
-    assert score.cer < 0.45
+    assert score.cer < 0.15
 
 
 @pytest.mark.slow
 def test_the_example_is_read(nano: Loaded) -> None:
     answer = complete(nano, [user(ROOT / "examples" / "line.png", "What does the picture say?")])
     truth = json.loads((ROOT / "examples" / "line.json").read_text())["truth"]
-    assert edit_distance(answer.text.strip(), truth) <= 2
+    assert edit_distance(answer.text.strip(), truth) <= 1
 
 
 @pytest.mark.slow
