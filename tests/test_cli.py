@@ -27,8 +27,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Puts a scripted toy in the place of every model; says how it was asked for."""
     seen: dict[str, Any] = {}
 
-    def load(name: str, dtype: str, device: str) -> Any:
+    def load(name: str, dtype: str, device: str, tokenizer: str | None, allow_pickle: bool) -> Any:
         seen.update(name=name, dtype=dtype, device=device)
+        if allow_pickle:
+            seen.update(allow_pickle=True)
+        if tokenizer is not None:
+            seen.update(tokenizer=tokenizer)
         return scripted("It says: 你好.", "Second row.")
 
     monkeypatch.setattr(cogvlm.load, "load", load)
@@ -129,12 +133,13 @@ def test_ctrl_c_is_exit_130(monkeypatch: pytest.MonkeyPatch) -> None:
 INTERRUPTED = """
 import sys
 sys.path[:0] = {path!r}
+from cogvlm.cli import _quiet_libraries, main
+_quiet_libraries()  # as the command does, before what is noisy is imported
 import cogvlm.load
 from engine.toys import scripted
 text = "".join(chr(33 + i * i % 90) for i in range(400))
 cogvlm.load.load = lambda *a, **k: scripted(text, pause=0.02)
 sys.argv = ["cogvlm", "ask", "What?", "--max-new-tokens", "400", "--no-repetition-stop"]
-from cogvlm.cli import main
 main()
 """
 
@@ -227,7 +232,8 @@ def test_doctor_says_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ([doctor.Device("cpu", "cpu", 1.0)], [None, None, None]),
         ([doctor.Device("cpu", "cpu", None)], [None, None, None]),
-        ([doctor.Device("cpu", "cpu", 64.0)], ["cpu", "cpu", None]),
+        ([doctor.Device("cpu", "cpu", 64.0)], ["cpu", "cpu", "cpu"]),
+        ([doctor.Device("mps", "mps", 64.0)], ["mps", "mps", None]),
         (
             [doctor.Device("cuda:0", "cuda", 24.0), doctor.Device("cpu", "cpu", 64.0)],
             ["cuda:0", "cpu", "cuda:0"],

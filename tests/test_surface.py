@@ -16,17 +16,22 @@ ROOT = Path(__file__).parents[1]
 NAMES = """
 Answer CheckpointError CogVLMConfig CogVLMError CogVLMForCausalLM ConfigError DownloadError
 GenerationSettings Image ImageError InputError Loaded Message MessageError Processor ResourceError
-Text VisionConfig __version__ assistant complete open_model preset run_file stream system user
+Text Video VisionConfig __version__ assistant complete open_model preset run_file stream system user
 """.split()  # noqa: SIM905
 
 OPTIONS = {
-    "ask": """images question --model --system --max-new-tokens --temperature --top-p --top-k
-        --seed --precision --device --repetition-stop --json""",
-    "run": """requests --output --model --batch-size --max-new-tokens --temperature --top-p
-        --top-k --seed --precision --device --repetition-stop --json""",
+    "ask": """images question --model --tokenizer --system --max-new-tokens --temperature
+        --top-p --top-k --seed --precision --device --allow-pickle
+        --repetition-stop --json""",
+    "run": """requests --output --model --tokenizer --batch-size --max-new-tokens --temperature
+        --top-p --top-k --seed --precision --device --allow-pickle
+        --repetition-stop --json""",
     "train": "recipe --set --out --resume",
-    "eval": "requests --output --model --batch-size --max-new-tokens --precision --device",
+    "eval": """requests --output --model --tokenizer --batch-size --max-new-tokens --precision
+        --device --allow-pickle""",
     "render": "folder --count --seed --held-out --min-chars --max-chars --strength",
+    "quantize": "model out --precision",
+    "models": "names --json",
     "doctor": "--json",
 }
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .processor import Message as Message
     from .processor import Processor as Processor
     from .processor import Text as Text
+    from .processor import Video as Video
     from .processor import assistant as assistant
     from .processor import system as system
     from .processor import user as user
@@ -54,7 +55,7 @@ _HOMES = {
     ),
     "load": ("Loaded", "open_model"),
     "models.cogvlm": ("CogVLMForCausalLM",),
-    "processor": ("Image", "Message", "Processor", "Text", "assistant", "system", "user"),
+    "processor": ("Image", "Message", "Processor", "Text", "Video", "assistant", "system", "user"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 # `load` is the module; the function has a name of its own here.

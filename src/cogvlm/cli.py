@@ -41,10 +41,23 @@ class Precision(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class Stored(str, Enum):
+    """Number format of quantised files."""
+
+    int8 = "int8"
+    int4 = "int4"
 
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="'nano', a folder, or a hub name 'owner/name'.")
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(help="A tokenizer's file or folder, for model folders that hold none."),
 ]
 TokensOption = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0: always the likeliest token.")]
@@ -53,6 +66,9 @@ TopKOption = Annotated[int, typer.Option(help="Sample from so many tokens; 0: al
 SeedOption = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Number format of the weights.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+PickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled weights too, tensors only.")
+]
 RepetitionOption = Annotated[
     bool, typer.Option("--repetition-stop/--no-repetition-stop", help="End a repeating answer.")
 ]
@@ -97,11 +113,13 @@ def _root(
 @_plain_errors
 def ask(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures, in order.")
+        list[str] | None,
+        typer.Argument(metavar="IMAGE", help="Pictures, in order; or a video, by its suffix."),
     ] = None,
     *,
     question: Annotated[str, typer.Argument(help="The last argument.")],
     model: ModelOption = "nano",
+    tokenizer: TokenizerOption = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
@@ -110,10 +128,11 @@ def ask(
     seed: SeedOption = None,
     precision: PrecisionOption = Precision.auto,
     device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
     repetition_stop: RepetitionOption = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about pictures (or about none)."""
+    """Answer a question about pictures (or about none), or about a video."""
     images = images or []
     _check_question(question)
     _quiet_libraries()
@@ -127,7 +146,7 @@ def ask(
             raise InputError(f"{image}: no such picture; all arguments but the last are pictures")
     messages = [system_message(system)] if system is not None else []
     messages.append(user(*map(Path, images), question))
-    loaded = _load(model, precision, device)
+    loaded = _load(model, precision, device, tokenizer, allow_pickle)
     started = time.monotonic()
     pieces = stream(loaded, messages, settings)
     for piece in pieces:
@@ -162,10 +181,12 @@ def _check_question(question: str) -> None:
 @_plain_errors
 def run(
     requests: Annotated[
-        Path, typer.Argument(help='JSON lines: {"id", "image" or "images", "question"}.')
+        Path,
+        typer.Argument(help='JSON lines: {"id", "image", "images" or "video", "question"}.'),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines, appended to.")],
     model: ModelOption = "nano",
+    tokenizer: TokenizerOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 8,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
@@ -174,6 +195,7 @@ def run(
     seed: SeedOption = None,
     precision: PrecisionOption = Precision.auto,
     device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
     repetition_stop: RepetitionOption = True,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON summary at the end.")] = False,
 ) -> None:
@@ -184,7 +206,7 @@ def run(
     settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed, repetition_stop)
     if not requests.is_file():
         raise InputError(f"{requests}: no such file")
-    loaded = _load(model, precision, device)
+    loaded = _load(model, precision, device, tokenizer, allow_pickle)
     with _progress("answering") as show:
         summary = run_file(requests, output, loaded, settings, batch_size, show)
     if as_json:
@@ -232,10 +254,12 @@ def evaluate(
         typer.Option("--output", "-o", help="Answers; default: NAME.answers.jsonl, made anew."),
     ] = None,
     model: ModelOption = "nano",
+    tokenizer: TokenizerOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 16,
     max_new_tokens: TokensOption = 96,
     precision: PrecisionOption = Precision.auto,
     device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Answer a file of questions and score the answers: one JSON line."""
     _quiet_libraries()
@@ -248,7 +272,7 @@ def evaluate(
         output = Path(f"{requests.stem}.answers.jsonl")
         output.unlink(missing_ok=True)
     settings = GenerationSettings(max_new_tokens)
-    loaded = _load(model, precision, device)
+    loaded = _load(model, precision, device, tokenizer, allow_pickle)
     with _progress("answering") as show:
         score = score_file(requests, output, loaded, batch_size, settings, show)
     typer.echo(as_line(score))
@@ -282,6 +306,20 @@ def render(
 
 @app.command()
 @_plain_errors
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, or a hub name 'owner/name'.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    precision: Annotated[Stored, typer.Option(help="Number format of the matrices.")] = Stored.int4,
+) -> None:
+    """Write a model again in eight or four bits a weight; needs the memory of one file of it."""
+    _quiet_libraries()
+    from .load import quantise_folder
+
+    typer.echo(str(quantise_folder(model, out, precision.value)))
+
+
+@app.command()
+@_plain_errors
 def doctor(as_json: JsonOption = False) -> None:
     """Say what is installed, what this machine has, and what would run on it."""
     _quiet_libraries()
@@ -291,12 +329,56 @@ def doctor(as_json: JsonOption = False) -> None:
     typer.echo(json.dumps(found, ensure_ascii=False) if as_json else _doctor_text(found))
 
 
+@app.command()
+@_plain_errors
+def models(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Only these, with or without owner.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the released models: their terms, the memory each needs, whether it fits here."""
+    _quiet_libraries()
+    from .catalog import CHECKPOINTS, find
+    from .doctor import find_devices
+    from .memory import table
+
+    chosen = [find(name) for name in names] if names else list(CHECKPOINTS)
+    devices = [(d.name, d.memory_gb) for d in find_devices()]
+    rows = table(chosen, devices)
+    typer.echo(json.dumps(rows, ensure_ascii=False) if as_json else _models_text(rows))
+
+
+def _models_text(rows: list[dict[str, Any]]) -> str:
+    formats = ("bfloat16", "int8", "int4")
+    head = " ".join(f"{name:>8}" for name in formats)
+    lines = [f"{'model (THUDM/, zai-org/)':36} {'licence':22} {head}  here"]
+    for row in rows:
+        sizes = " ".join(f"{row['needs'][name]['total'] / 1e9:5.1f} GB" for name in formats)
+        here = f"{row['precision']} on {row['device']}" if row["device"] else row["reason"]
+        lines.append(f"{row['name']:36} {row['licence']:22} {sizes}  {here}")
+    terms = {
+        f"{row['licence']}: research {row['research']}; commercial use {row['commercial']}"
+        + (f"; {row['also']}" if row["also"] else "")
+        for row in rows
+    }
+    return "\n".join(
+        [
+            *lines,
+            "GB: weights, one picture and 2,048 tokens; int8 and int4 need the extra 'quant'.",
+            *sorted(terms),
+            "Terms change: what the model's page says decides.",
+        ]
+    )
+
+
 def _doctor_text(found: dict[str, Any]) -> str:
     lines = [f"{name:16} {version}" for name, version in found["versions"].items()]
     for device in found["devices"]:
         memory = device["memory_gb"]
         size = f"{memory:.0f} GB" if memory is not None else "memory unknown"
-        lines.append(f"{'device':16} {device['name']}, {size}")
+        runs = ", ".join(filter(None, [f"runs in {device['precision']}", device["advice"]]))
+        lines.append(f"{'device':16} {device['name']}, {size}, {runs}")
     for fit in found["models"]:
         where = f"yes, on {fit['device']}" if fit["device"] else "no"
         needs = f"about {fit['needs_gb']:.0f} GB"
@@ -307,10 +389,18 @@ def _doctor_text(found: dict[str, Any]) -> str:
     )
 
 
-def _load(model: str, precision: Precision, device: str) -> Loaded:
+def _load(
+    model: str, precision: Precision, device: str, tokenizer: str | None, allow_pickle: bool
+) -> Loaded:
     from .load import load
 
-    return load(model, dtype=precision.value, device=device)
+    return load(
+        model,
+        dtype=precision.value,
+        device=device,
+        tokenizer=tokenizer,
+        allow_pickle=allow_pickle,
+    )
 
 
 def _quiet_libraries() -> None:
@@ -319,7 +409,9 @@ def _quiet_libraries() -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # The last two speak up where torchao is installed, which transformers then imports.
+    for name in ("transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _progress:

@@ -20,11 +20,16 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_
 
 @dataclass(frozen=True)
 class Device:
-    """Where a model can run; ``memory_gb`` (10**9 bytes) is ``None`` where nothing tells."""
+    """Where a model can run; ``memory_gb`` (10**9 bytes) is ``None`` where nothing tells.
+
+    ``precision`` is what ``--precision auto`` takes there, ``advice`` what to know about it.
+    """
 
     name: str
     kind: str  # cpu | cuda | mps
     memory_gb: float | None
+    precision: str = "float32"
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Fit:
 _MODELS = (
     ("nano", "float32", 2.0, "cogvlm ask PICTURE QUESTION"),
     ("CogVLM2 19B", "bfloat16", 42.0, "cogvlm ask --model FOLDER --precision bfloat16 ..."),
-    ("CogVLM2 19B", "int4", 16.0, "needs a card of 16 GB; int4 loading is not in this version"),
+    ("CogVLM2 19B", "int4", 16.0, "cogvlm ask --model FOLDER --precision int4 ..."),
 )
 
 
@@ -80,10 +85,13 @@ def find_devices() -> list[Device]:
     devices = []
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
-        devices.append(Device(f"cuda:{index} {card.name}", "cuda", card.total_memory / 1e9))
+        # Cards before compute capability 8 do bfloat16 in software.
+        advice = "" if card.major >= 8 else "slow on this card, take --precision float16"
+        size = card.total_memory / 1e9
+        devices.append(Device(f"cuda:{index} {card.name}", "cuda", size, "bfloat16", advice))
     memory = _main_memory()
     if torch.backends.mps.is_available():
-        devices.append(Device("mps (shares the main memory)", "mps", memory))
+        devices.append(Device("mps (shares the main memory)", "mps", memory, "bfloat16"))
     cpu = f"cpu {platform.machine()}, {os.cpu_count()} cores"
     return [*devices, Device(cpu, "cpu", memory)]
 
@@ -94,7 +102,7 @@ def fits(devices: list[Device]) -> list[Fit]:
     for model, precision, needs, how in _MODELS:
         able = [d for d in devices if d.memory_gb is not None and d.memory_gb >= needs]
         if precision == "int4":
-            able = [d for d in able if d.kind == "cuda"]
+            able = [d for d in able if d.kind != "mps"]  # no kernel there
         found.append(Fit(model, precision, needs, able[0].name if able else None, how))
     return found
 

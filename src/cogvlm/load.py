@@ -14,14 +14,24 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from .config import CogVLMConfig, recognise
-from .errors import CheckpointError, ResourceError
+from . import quantize
+from .config import CogAgentConfig, CogVLMConfig, FamilyConfig, Glm4vConfig, recognise
+from .errors import CheckpointError, InputError, ResourceError
 from .hub import language_model, resolve
+from .models import shards, spread
 from .models.checkpoint import from_llama, is_vision, read_safetensors, report
+from .models.cogagent import CogAgentForCausalLM
 from .models.cogvlm import CogVLMForCausalLM
+from .models.glm4v import Glm4vForCausalLM
 from .models.language import inverse_frequencies
-from .processor import Processor
+from .processor import Processor, open_tokenizer
 from .processor.tokenizer import FastTokenizer, read_json
+
+_CLASSES: dict[type[FamilyConfig], type[CogVLMForCausalLM]] = {
+    CogVLMConfig: CogVLMForCausalLM,
+    CogAgentConfig: CogAgentForCausalLM,
+    Glm4vConfig: Glm4vForCausalLM,
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Loaded:
     name: str
 
 
-def read_config(folder: Path) -> CogVLMConfig:
+def read_config(folder: Path) -> FamilyConfig:
     """``config.json`` of a folder, recognised without running any code of the folder.
 
     Raises:
@@ -43,7 +53,13 @@ def read_config(folder: Path) -> CogVLMConfig:
     values = read_json(folder / "config.json")
     if values is None:
         raise CheckpointError(f"{folder} has no config.json; give a model's folder or name")
+    values.pop(quantize.KEY, None)
     return recognise(values, f"{folder}/config.json")
+
+
+def stored_precision(folder: Path) -> str | None:
+    """What the weights of a folder are quantised to, by its config.json; none: they are not."""
+    return quantize.stored(read_json(folder / "config.json") or {}, f"{folder}/config.json")
 
 
 def pick(device: str | torch.device | None) -> torch.device:
@@ -80,7 +96,8 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     names |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in names:
-        raise ResourceError(f"precision {dtype!r} is not one of {', '.join(names)}")
+        known = ", ".join([*names, *quantize.PRECISIONS])
+        raise ResourceError(f"precision {dtype!r} is not one of {known}")
     return names[dtype]
 
 
@@ -88,50 +105,125 @@ def load_model(
     folder: Path,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: spread.DeviceMap | None = None,
+    allow_pickle: bool = False,
 ) -> CogVLMForCausalLM:
     """The model of a folder, in evaluation mode.
 
     Args:
         folder: released layout, or nano's.
-        dtype: of the weights; none takes float32 on the CPU and bfloat16 elsewhere.
+        dtype: of the weights; none takes float32 on the CPU and bfloat16 elsewhere.  ``"int8"`` and
+            ``"int4"`` quantise while loading (see :mod:`cogvlm.quantize`); of a folder that is
+            quantised already, another dtype is that of the rest.
         device: none takes the best one here.
+        device_map: spread the model instead: ``"auto"``, or module names to devices, ``"disk"``
+            among them (see :mod:`cogvlm.models.spread`); needs accelerate.
+        allow_pickle: read pickled weights where there are no others, tensors only.
 
     Raises:
         CheckpointError: files or tensors are missing, damaged or left over.
         ConfigError: config.json has unknown keys or impossible values.
-        ResourceError: no such device.
+        InputError: ``device_map`` leaves something out, or is given beside ``device``.
+        ResourceError: no such device, or not enough memory on it.
     """
     config = read_config(folder)
+    if device_map is not None and device not in (None, "auto"):
+        raise InputError(f"device {str(device)!r} and a device_map: give one of the two")
     place = pick(device)
-    precision = pick_dtype(dtype, place)
-    if config.language_model is None:
-        model = _released(folder, config, precision)
-    else:
+    wanted = quantize.choose(dtype, stored_precision(folder), str(folder))
+    precision = pick_dtype(None if dtype == wanted else dtype, place)
+    if wanted is not None:
+        if device_map is not None:
+            raise InputError(f"precision {wanted} and a device_map: give device, no device_map")
+        quantize.refuse(wanted, place)
+    if isinstance(config, CogVLMConfig) and config.language_model is not None:
+        if device_map is not None:
+            raise InputError(f"{folder} is small enough for one device: give device, no device_map")
         model = compose(config, vision_tensors(folder), language_tensors(config.language_model))
+        move: Any = model.to  # its stub has lost the bound self
+        move(device=place, dtype=precision)
+        if wanted is not None:
+            quantize.quantise(model, wanted)
+    elif wanted is not None:
+        model = _quantised(folder, config, wanted, precision, place, allow_pickle)
+    else:
+        model = _released(folder, config, precision, place, device_map, allow_pickle)
     # Generation settings of the 4.x series, written into config.json, are not ours.
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    move: Any = model.to  # its stub has lost the bound self
-    move(device=place, dtype=precision)
     model.eval()
     return model
 
 
-def _released(folder: Path, config: CogVLMConfig, dtype: torch.dtype) -> CogVLMForCausalLM:
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has no *.safetensors; give a folder with the weights")
-    try:
-        loaded: Any = CogVLMForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:400]}") from error
-    model: CogVLMForCausalLM = loaded[0]
-    report(loaded[1]["unexpected_keys"], loaded[1]["missing_keys"], str(folder))
+def _released(
+    folder: Path,
+    config: FamilyConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: spread.DeviceMap | None,
+    allow_pickle: bool,
+) -> CogVLMForCausalLM:
+    files = shards.weight_files(folder, allow_pickle)
+    found = shards.survey(files)
+    model = skeleton(config)
+    shards.check(model, {name: entry.shape for name, entry in found.items()}, str(folder))
+    plan = None if device_map is None else spread.plan(model, device_map, dtype)
+    place: shards.Place = lambda name: device  # noqa: E731
+    if plan is not None:
+        place = spread.placing(model, plan)
+    shards.fill(model, files, dtype, place)
+    model.tie_weights()
+    if plan is not None:
+        spread.dispatch(model, plan, found, dtype)
     return model
+
+
+def _quantised(
+    folder: Path,
+    config: FamilyConfig,
+    wanted: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    allow_pickle: bool,
+) -> CogVLMForCausalLM:
+    files = shards.weight_files(folder, allow_pickle)
+    found = {name: entry.shape for name, entry in shards.survey(files).items()}
+    model = skeleton(config)
+    groups = quantize.plan(model, wanted)
+    shards.check(model, quantize.whole(found, model, groups, str(folder)), str(folder))
+    quantize.fill(model, files, groups, dtype, device)
+    model.tie_weights()
+    return model
+
+
+def quantise_folder(name: str | Path, out: str | Path, precision: str) -> Path:
+    """Write a model of the released layout again, quantised; :func:`load` reads what is written.
+
+    Args:
+        name: a folder or a hub name.
+        out: the new folder.
+        precision: ``"int8"`` or ``"int4"``, see :mod:`cogvlm.quantize`.
+
+    Raises:
+        InputError: another precision, ``out`` exists, or the model is nano or quantised already.
+        CheckpointError: files of the model are missing or damaged.
+        ResourceError: ``out`` cannot be written.
+    """
+    if precision not in quantize.PRECISIONS:
+        known = " and ".join(quantize.PRECISIONS)
+        raise InputError(f"precision {precision!r} cannot be stored quantised; {known} can")
+    folder = resolve(name)
+    config = read_config(folder)
+    if isinstance(config, CogVLMConfig) and config.language_model is not None:
+        raise InputError(
+            f"{name} stands on a language model that is stored elsewhere; load it in {precision} "
+            f"instead (--precision {precision})"
+        )
+    values = read_json(folder / "config.json") or {}
+    return quantize.write(folder, skeleton(config), values, Path(out), precision)
 
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:
@@ -144,10 +236,12 @@ def language_tensors(name: str) -> dict[str, Tensor]:
     return from_llama(read_safetensors(language_model(name) / "model.safetensors"))
 
 
-def skeleton(config: CogVLMConfig) -> CogVLMForCausalLM:
+def skeleton(config: FamilyConfig) -> CogVLMForCausalLM:
     """A model whose tensors have shapes but no memory."""
+    build: Any = _CLASSES[type(config)]  # each takes its own configuration
     with torch.device("meta"):
-        return CogVLMForCausalLM(config)
+        model: CogVLMForCausalLM = build(config)
+    return model
 
 
 def compose(
@@ -190,12 +284,28 @@ def load(
     name: str | Path,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    tokenizer: str | Path | None = None,
+    device_map: spread.DeviceMap | None = None,
+    allow_pickle: bool = False,
 ) -> Loaded:
-    """Model and processor by name (``nano``), folder or hub name; see :func:`load_model`."""
-    folder = resolve(name)
+    """Model and processor by name (``nano``), folder or hub name; see :func:`load_model`.
+
+    Args:
+        name: of the model.
+        dtype: of the weights.
+        device: none takes the best one here.
+        tokenizer: a file or folder instead of the model's own; the released folders of the first
+            generation have none, see :func:`cogvlm.processor.open_tokenizer`.
+        device_map: spread the model over several devices.
+        allow_pickle: read pickled weights where there are no others.
+    """
+    folder = resolve(name, allow_pickle)
     config = read_config(folder)
-    tokenizer = None
-    if config.language_model is not None:
-        tokenizer = FastTokenizer.from_folder(language_model(config.language_model))
-    processor = Processor.from_folder(folder, tokenizer)
-    return Loaded(load_model(folder, dtype, device), processor, str(name))
+    words = None
+    if tokenizer is not None:
+        words = open_tokenizer(tokenizer, read_json(folder / "config.json"))
+    elif config.language_model is not None:
+        words = FastTokenizer.from_folder(language_model(config.language_model))
+    processor = Processor.from_folder(folder, words)
+    model = load_model(folder, dtype, device, device_map, allow_pickle)
+    return Loaded(model, processor, str(name))

@@ -213,3 +213,14 @@ def test_no_memory_is_one_line_with_a_remedy(error: BaseException) -> None:
     with pytest.raises(ResourceError, match=r"out of memory with 1 prompts .* smaller") as caught:
         complete(loaded, [user("Hi")])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pictures_reach_a_model_of_any_precision(dtype: torch.dtype) -> None:
+    loaded = toy_loaded()
+    loaded.model.to(dtype)  # type: ignore[arg-type]
+    seen: list[torch.dtype] = []
+    adapter: Any = loaded.model.model.vision.linear_proj
+    adapter.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
+    answer = complete(loaded, [user(NOISE, "Hi?")], GenerationSettings(max_new_tokens=4))
+    assert seen == [dtype] and 1 <= len(answer.ids) <= 4

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from cogvlm.errors import CogVLMError
 from cogvlm.load import load_model
+from cogvlm.models.cogagent import CogAgentForCausalLM
 from cogvlm.models.cogvlm import CogVLMForCausalLM
+from cogvlm.models.glm4v import Glm4vForCausalLM, expand_image_tokens
 from cogvlm.models.language import rotary_table
 from cogvlm.models.positions import expert_mask
 
@@ -31,7 +33,15 @@ TOLERANCE = {  # absolute, float32
     "vision_expert_mask": 0.0,
     "greedy": 0.0,
     "image_features": 1e-4,
+    "cross_image_features": 1e-4,
+    "cross_blocks": 1e-4,
     "hidden_states": 5e-4,
+    "final_hidden": 5e-4,
+    "glm_image_features": 1e-5,
+    "inputs_embeds": 1e-5,
+    "rope_cache": 1e-6,
+    "blocked": 0.0,
+    "expanded_position_ids": 0.0,
     "logits": 5e-4,
     "loss": 5e-4,
     "rope_float32": 1e-6,
@@ -48,6 +58,7 @@ class Report:
     def __init__(self) -> None:
         """Begin with nothing compared."""
         self.rows: dict[str, dict[str, Any]] = {}
+        self.tolerance = dict(TOLERANCE)
 
     def add(self, name: str, kind: str, ours: Tensor, theirs: Tensor) -> None:
         """Compare two tensors of equal shape."""
@@ -57,11 +68,11 @@ class Report:
         difference = (ours.double() - theirs.double()).abs()
         largest = float(difference.max()) if difference.numel() else 0.0
         scale = float(theirs.double().abs().max()) if theirs.numel() else 0.0
-        within = largest <= TOLERANCE[kind]  # false for NaN too
+        within = largest <= self.tolerance[kind]  # false for NaN too
         self.rows[name] = {
             "abs": largest,
             "rel": largest / scale if scale else largest,
-            "tolerance": TOLERANCE[kind],
+            "tolerance": self.tolerance[kind],
             "ok": within,
         }
 
@@ -87,8 +98,14 @@ def cases(outputs: Tensors) -> dict[str, Tensors]:
     return found
 
 
-def check_case(model: CogVLMForCausalLM, case: str, given: Tensors, report: Report) -> None:
-    """Run one case and compare everything recorded of it."""
+def check_case(
+    model: CogVLMForCausalLM,
+    case: str,
+    given: Tensors,
+    report: Report,
+    more: dict[str, Tensor] | None = None,
+) -> None:
+    """Run one case, with ``more`` inputs, and compare everything recorded of it."""
     ids, types = given["input_ids"], given["token_type_ids"]
     mask = given.get("attention_mask", torch.ones_like(ids))
     images = given.get("pixel_values")
@@ -97,6 +114,7 @@ def check_case(model: CogVLMForCausalLM, case: str, given: Tensors, report: Repo
         "token_type_ids": types,
         "attention_mask": mask,
         "pixel_values": images,
+        **(more or {}),
     }
     real = mask.bool()
     out = model(**inputs, output_hidden_states=True)
@@ -125,7 +143,75 @@ def check_case(model: CogVLMForCausalLM, case: str, given: Tensors, report: Repo
             report.fail(name, f"this checker does not know {what!r}")
 
 
-CHECKS = {"CogVLMConfig": check_case}  # by the class of the configuration
+def check_cogagent_case(
+    model: CogAgentForCausalLM, case: str, given: Tensors, report: Report
+) -> None:
+    """The same with a large picture, and the encoder of that compared block by block."""
+    # The recorded model's cross-attention is sharp, so rounding goes further.
+    report.tolerance |= {"hidden_states": 1e-3, "logits": 1e-3}
+    pixels = given["cross_pixel_values"]
+    plain = {k: v for k, v in given.items() if not k.startswith("cross_")}
+    check_case(model, case, plain, report, {"cross_pixel_values": pixels})
+    blocks: dict[int, Tensor] = {}
+    encoder = model.model.cross_vision
+    hooks = [
+        block.register_forward_hook(lambda m, x, y, n=n: blocks.update({n: y}))
+        for n, block in enumerate(encoder.vit.model.blocks)
+    ]
+    ours = {"cross_image_features": encoder(pixels)}
+    ours |= {f"cross_blocks.{n}": block for n, block in blocks.items()}
+    for hook in hooks:
+        hook.remove()
+    for what in given.keys() - plain.keys() - {"cross_pixel_values"}:
+        report.add(f"{case}.{what}", what.split(".")[0], ours[what], given[what])
+
+
+def check_glm4v_case(model: Glm4vForCausalLM, case: str, given: Tensors, report: Report) -> None:
+    """Expand the recorded prompt and compare everything, rows of padding too."""
+    config, core, prompt = model.config, model.model, given["input_ids"]
+    images = given.get("pixel_values")
+    ids, types, mask = expand_image_tokens(
+        prompt, given["attention_mask"], config.boi_token_id, config.image_tokens
+    )
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "token_type_ids": types,
+        "attention_mask": mask,
+        "pixel_values": images,
+    }
+    out = model(**inputs, output_hidden_states=True)
+    positions = core.position_ids(types, mask, images)
+    embeds = core.embed(ids, types, images)
+    ours: Tensors = {
+        "logits": out.logits,
+        "final_hidden": core(**inputs).last_hidden_state,
+        "inputs_embeds": embeds,
+        "expanded_position_ids": positions,
+        "rope_cache": torch.stack(core.rotary(positions, torch.float32), dim=-1),
+        **{f"hidden_states.{n}": states for n, states in enumerate(out.hidden_states)},
+    }
+    if images is not None:
+        ours["image_features"] = torch.stack(core.vision.encode(images))
+    if "blocked" in given:
+        ours["blocked"] = (~core.attention_mask(embeds, types, mask, None)).to(torch.uint8)
+    if "greedy" in given:
+        new = given["greedy"].shape[1] - prompt.shape[1]
+        written = greedy(model, inputs, ids.shape[1] + new)[:, -new:]
+        ours["greedy"] = torch.cat((prompt, written), dim=1)
+    for what in given.keys() - GIVEN - {"position_ids"}:
+        name, kind = f"{case}.{what}", re.sub(r"\.\d+$", "", what)
+        if what not in ours:
+            report.fail(name, f"this checker does not know {what!r}")
+            continue
+        kind = "glm_image_features" if kind == "image_features" else kind
+        report.add(name, kind, ours[what], given[what])
+
+
+CHECKS = {  # by the class of the configuration
+    "CogVLMConfig": check_case,
+    "CogAgentConfig": check_cogagent_case,
+    "Glm4vConfig": check_glm4v_case,
+}
 
 
 def greedy(model: CogVLMForCausalLM, inputs: dict[str, Any], length: int) -> Tensor:

@@ -24,6 +24,22 @@ def test_cogvlm2_matches_the_released_code(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("cogvlm", ("image.greedy", "image.logits", "image.loss", "image_last.logits")),
+        ("cogvlm2_video", ("chat.greedy", "base.greedy", "batch_mixed.hidden_states.3")),
+    ],
+)
+def test_the_relatives_match_the_released_code(
+    folder: str, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(FOLDER.parent / folder) == 0
+    tensors = json.loads(capsys.readouterr().out)["tensors"]
+    assert set(names) <= set(tensors)
+    assert len(tensors) >= 15
+
+
+@pytest.mark.parametrize(
     "tensor", ["model.vision.eoi", "model.layers.1.mlp.vision_mlp.up_proj.weight"]
 )
 def test_a_changed_weight_is_noticed(

@@ -22,7 +22,9 @@ class Bytes:
         return bytes(i - 1000 for i in ids if i >= 1000).decode(errors="replace")
 
     def token_id(self, name: str) -> int | None:
-        return {"<|im_start|>": 4, "<|im_end|>": 2}.get(name)
+        roles = {"<|system|>": 7, "<|user|>": 8, "<|assistant|>": 9}
+        glm4 = {"[gMASK]": 5, "<sop>": 6, **roles}
+        return {"<|im_start|>": 4, "<|im_end|>": 2, **glm4}.get(name)
 
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<image>")

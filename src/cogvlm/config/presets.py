@@ -68,8 +68,39 @@ _NANO: dict[str, Any] = {
 }
 
 
+def _cogvlm(**changes: Any) -> dict[str, Any]:
+    """CogVLM-17B: Vicuna-7B, no convolution, one key and value head for every query head."""
+    vision = {"image_size": 490, "num_positions": 1226, "adapter": "linear_glu"}
+    base: dict[str, Any] = {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "num_multi_query_heads": 32,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "expert_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "vision_config": {**vision, **changes.pop("vision_config", {})},
+    }
+    return {**base, **changes}
+
+
+def _video(**changes: Any) -> dict[str, Any]:
+    """CogVLM2-Video and -Caption: frames of 224 pixels, no visual expert."""
+    vision = {"image_size": 224, "num_positions": 257}
+    base: dict[str, Any] = {
+        "visual_expert": "none",
+        "max_position_embeddings": 2048,
+        "vision_config": {**vision, **changes.pop("vision_config", {})},
+    }
+    return {**base, **changes}
+
+
 def preset(name: str, **changes: Any) -> CogVLMConfig:
-    """A named configuration: ``cogvlm2`` (19B), ``nano``, ``toy``; ``changes`` override fields.
+    """A named configuration; ``changes`` override fields.
+
+    ``cogvlm2`` (19B), ``cogvlm2-video`` (12B), ``cogvlm`` (17B at 490 pixels), ``nano``, ``toy``.
 
     Raises:
         ConfigError: no preset of that name.
@@ -77,7 +108,13 @@ def preset(name: str, **changes: Any) -> CogVLMConfig:
     >>> preset("cogvlm2").vision.num_hidden_layers
     63
     """
-    made = {"cogvlm2": dict, "nano": lambda **c: {**_NANO, **c}, "toy": _toy}
+    made = {
+        "cogvlm": _cogvlm,
+        "cogvlm2": dict,
+        "cogvlm2-video": _video,
+        "nano": lambda **c: {**_NANO, **c},
+        "toy": _toy,
+    }
     if name not in made:
         raise ConfigError(f"no preset {name!r}; known: {', '.join(sorted(made))}")
     return CogVLMConfig(**made[name](**changes))

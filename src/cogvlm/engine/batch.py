@@ -4,6 +4,7 @@
 
     {"id": 7, "image": "a.png", "question": "..."}  ->  {"id": 7, "prediction": "...", "seconds": 1}
     {"id": "x", "images": ["a.png", "b.png"], ...}  ->  {"id": "x", "error": "...", "seconds": 0}
+    {"id": "y", "video": "clip.mp4", "question": "..."}     with a model that takes videos
 
 Answers are appended in the order of the requests and are on the disk after every batch. A new
 start cuts off a torn last line and goes on behind the answers that are there, errors included.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import CogVLMError, InputError, ResourceError, refuse_unknown
-from ..processor import Encoded, Image, Message, Text
+from ..processor import Encoded, Image, Message, Text, Video
 from .generate import GenerationSettings, generate
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with (answered, all) at the start and after every batch."""
 
-_FIELDS = ("id", "image", "images", "question", "truth")  # "truth" is for `cogvlm eval`
+_FIELDS = ("id", "image", "images", "video", "question", "truth")  # "truth" is for `cogvlm eval`
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,13 @@ def _message(values: dict[str, Any], where: str, folder: Path) -> Message:
     question = values.get("question")
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"{where}: 'question' is {_json(question)}; give a text")
-    if "image" in values and "images" in values:
-        raise InputError(f"{where}: both 'image' and 'images'; give one of them")
+    given = [key for key in ("image", "images", "video") if key in values]
+    if len(given) > 1:
+        raise InputError(f"{where}: both {given[0]!r} and {given[1]!r}; give one of them")
+    if "video" in values:
+        if not isinstance(values["video"], str) or not values["video"]:
+            raise InputError(f"{where}: 'video' is {_json(values['video'])}; give one path")
+        return Message("user", (Video(folder / values["video"]), Text(question)))
     images = [values["image"]] if "image" in values else values.get("images", [])
     if not isinstance(images, list) or not all(isinstance(i, str) and i for i in images):
         raise InputError(f"{where}: 'image' is one path, 'images' a list of paths")

@@ -293,12 +293,15 @@ def _run(loaded: Loaded, batch: Batch, settings: GenerationSettings, tap: Tap) -
     room = _room(loaded, batch)
     config = _transformers_config(loaded, settings, room)
     images = [torch.from_numpy(image).to(device) for image in batch.pixel_values]
+    large = [torch.from_numpy(image).to(device) for image in batch.cross_pixel_values or ()]
+    more = {"cross_pixel_values": large} if large else {}  # CogAgent alone knows them
     with _memory_errors(batch), _seeded(settings.seed, device):
         model.generate(
             input_ids=torch.from_numpy(batch.input_ids).to(device),
             attention_mask=torch.from_numpy(batch.attention_mask).to(device),
             token_type_ids=torch.from_numpy(batch.token_type_ids).to(device),
             pixel_values=images or None,
+            **more,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([tap]),
         )

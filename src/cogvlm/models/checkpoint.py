@@ -30,11 +30,14 @@ _RENAMED = {
     },
 }
 _FUSED = "self_attn.language_expert_query_key_value.weight"
-_VISION = re.compile(r"\.vision_expert_|\.vision_mlp\.|^model\.vision\.")
+_VISION = re.compile(
+    r"\.vision_expert_|\.vision_mlp\.|^model\.(cross_)?vision\."
+    r"|\.cross_attn\.|\.post_cross_attention_layernorm\."  # CogAgent
+)
 
 
 def is_vision(name: str) -> bool:
-    """Whether a tensor belongs to the tower, the adapter or an expert."""
+    """Whether a tensor belongs to an encoder, the adapter, an expert or cross-attention."""
     return bool(_VISION.search(name))
 
 

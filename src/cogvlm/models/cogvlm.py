@@ -54,6 +54,13 @@ class CogVLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: that of the weights, or of the hooks where weights lie elsewhere."""
+        hook = getattr(self, "_hf_hook", None)
+        where = getattr(hook, "execution_device", None)
+        return torch.device(where) if where is not None else super().device
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -80,14 +87,17 @@ def can_attend_alone(mask: Any) -> bool:
 class CogVLMModel(CogVLMPreTrainedModel):
     """Embeddings, tower and decoder; gives hidden states."""
 
+    layer_class: type[DecoderLayer] = DecoderLayer  # a family may have its own
+    vision_class: type[VisionModel] = VisionModel
+
     def __init__(self, config: CogVLMConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+            self.layer_class(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.vision = VisionModel(config)
+        self.vision = self.vision_class(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -160,7 +170,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         last_only: bool = False,
-        **_: Any,
+        **extra: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the given tokens.
 
@@ -203,12 +213,19 @@ class CogVLMModel(CogVLMPreTrainedModel):
         route = Route.text(*inputs_embeds.shape[:2]) if experts is None else Route.of(experts)
         kernel_mask = self.attention_mask(inputs_embeds, types, attention_mask, past_key_values)
         step = Step(route, cos, sin, kernel_mask, past_key_values)
+        step = self.extend_step(step, types, extra)
         if last_only and not output_hidden_states and can_attend_alone(kernel_mask):
             return self.decode_last(inputs_embeds, step)
         out = self.decode(inputs_embeds, step, bool(output_hidden_states))
         if last_only:
-            out.last_hidden_state = out.last_hidden_state[:, -1:]
+            hidden = out.last_hidden_state
+            assert hidden is not None
+            out.last_hidden_state = hidden[:, -1:]
         return out
+
+    def extend_step(self, step: Step, types: Tensor, extra: dict[str, Any]) -> Step:
+        """What a family adds to what its layers share, from further arguments of ``forward``."""
+        return step
 
     def decode_last(self, embeds: Tensor, step: Step) -> BaseModelOutputWithPast:
         """Run the decoder over ``float[B, L, D]`` for the last token of each row.
@@ -243,10 +260,11 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
     """CogVLM2 with its head: logits, loss, ``generate``."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    model_class: type[CogVLMModel] = CogVLMModel
 
     def __init__(self, config: CogVLMConfig) -> None:
         super().__init__(config)
-        self.model = CogVLMModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

@@ -11,7 +11,7 @@ the released ones).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,6 +131,13 @@ class Step:
     sin: Tensor  # [B, L, d]
     mask: Any  # what the attention kernel takes, or None for plain causal
     cache: Cache | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Step:
+        """On another device; accelerate calls it where layers lie on several."""
+        names = ("cos", "sin", "mask")
+        there = {n: getattr(self, n) for n in names if hasattr(getattr(self, n), "to")}
+        moved = {n: value.to(device, non_blocking=non_blocking) for n, value in there.items()}
+        return replace(self, **moved)
 
 
 def eager_attention(

@@ -37,7 +37,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``float[N, 3, H, W]`` -> ``float[N, 1 + P, C]`` and the grid (rows, cols)."""
-        patches = self.proj(pixels)  # [N, C, rows, cols]
+        patches = self.proj(pixels.to(self.proj.weight.dtype))  # [N, C, rows, cols]
         rows, cols = patches.shape[-2:]
         x = patches.flatten(2).transpose(1, 2)  # [N, P, C]
         cls = self.cls_embedding.expand(len(x), 1, -1)

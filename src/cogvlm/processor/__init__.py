@@ -12,6 +12,7 @@ from .messages import (
     Image,
     Message,
     Text,
+    Video,
     assistant,
     check_order,
     parse_messages,
@@ -19,7 +20,8 @@ from .messages import (
     user,
 )
 from .template import TEMPLATES, Template, get_template
-from .tokenizer import Detokenizer, FastTokenizer, Tokenizer
+from .tokenizer import Detokenizer, FastTokenizer, Tokenizer, open_tokenizer
+from .video import FramePixels, VideoLimits, VideoPlan, load_video
 
 __all__ = [
     "TEMPLATES",
@@ -27,6 +29,7 @@ __all__ = [
     "Detokenizer",
     "Encoded",
     "FastTokenizer",
+    "FramePixels",
     "Image",
     "ImageLimits",
     "Message",
@@ -37,10 +40,15 @@ __all__ = [
     "Template",
     "Text",
     "Tokenizer",
+    "Video",
+    "VideoLimits",
+    "VideoPlan",
     "assistant",
     "check_order",
     "get_template",
     "load_image",
+    "load_video",
+    "open_tokenizer",
     "parse_messages",
     "pixels_from_dict",
     "system",

@@ -11,23 +11,27 @@ CogVLM2 code; unlike there, several images are possible and the tokenizer is nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image as PILImage
 
 from ..errors import CheckpointError, ConfigError, InputError, MessageError, refuse_unknown
 from .image import ImageLimits, Pixels, SquarePixels, load_image, pixels_from_dict
-from .messages import Message
-from .template import BOS, EOS, ImageSlot, Plain, Special, Template, get_template
-from .tokenizer import FastTokenizer, Tokenizer, read_json
+from .messages import Image, Message, Video
+from .template import BOS, EOS, ImageSlot, Plain, Segment, Special, Template, get_template
+from .tokenizer import Tokenizer, read_json, tokenizer_of
+from .video import FramePixels, VideoLimits, VideoPlan, load_video
 
 LANGUAGE = 0
 IMAGE = 1
 IGNORED = -100
+_VIDEO = "CogVLMVideoForCausalLM"  # the class that takes videos, told by its name alone
+_GLM = "multi_query_group_num"  # a key that of this family only GLM-4V has
 
 Ids = NDArray[np.int64]
 
@@ -38,8 +42,10 @@ class Encoded:
 
     input_ids: Ids  # int64[L]
     token_type_ids: Ids  # int64[L]; 0 language, 1 image
-    pixel_values: list[NDArray[np.float32]]  # float32[3, H, W] each, in the order of the blocks
+    # float32[3, H, W] each, in the order of the blocks; frames of a video are blocks too.
+    pixel_values: list[NDArray[np.float32]]
     labels: Ids | None = None  # int64[L]; -100 outside answers; None unless for training
+    cross_pixel_values: list[NDArray[np.float32]] | None = None  # CogAgent: the same, large
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,7 @@ class Batch:
     pixel_values: list[NDArray[np.float32]]  # float32[3, H, W] each, in row order
     image_counts: tuple[int, ...]  # images of each row
     labels: Ids | None = None  # int64[B, L]; padding is -100
+    cross_pixel_values: list[NDArray[np.float32]] | None = None  # CogAgent: the same, large
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Processor:
     """Tokenizer, prompt format and pixel plan of one model.
 
     Raises:
-        ConfigError: the template needs a token that the tokenizer does not have.
+        ConfigError: the template needs a token that the tokenizer does not have, or videos are
+            taken but ``pixels`` is not :class:`FramePixels`.
     """
 
     tokenizer: Tokenizer
@@ -69,6 +77,9 @@ class Processor:
     max_images: int | None = None  # in one conversation; None: as many as fit
     language: str | None = None  # language tag of what the model was trained to read, if stated
     limits: ImageLimits = field(default_factory=ImageLimits)
+    video: VideoPlan | None = None  # which frames of a video are taken; None: takes no videos
+    video_limits: VideoLimits = field(default_factory=VideoLimits)
+    cross_pixels: Pixels | None = None  # CogAgent: plan of the large copy of every picture
 
     def __post_init__(self) -> None:
         for name in self.template.specials:
@@ -77,6 +88,10 @@ class Processor:
                     f"template {self.template.name!r} needs the token {name!r}, which the "
                     "tokenizer does not have; use another template or add the token"
                 )
+        if self.video is not None and not isinstance(self.pixels, FramePixels):
+            raise ConfigError(
+                f"a video model's pixels are {type(self.pixels).__name__}; give FramePixels"
+            )
 
     @classmethod
     def from_folder(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> Processor:
@@ -89,7 +104,8 @@ class Processor:
 
         Args:
             folder: the folder on disk.
-            tokenizer: instead of the folder's ``tokenizer.json``.
+            tokenizer: instead of the folder's; see :func:`tokenizer_of` for where it is looked
+                for otherwise.
 
         Raises:
             CheckpointError: a file is missing or damaged.
@@ -101,7 +117,7 @@ class Processor:
             raise CheckpointError(
                 f"{folder} has neither processor.json nor config.json; give a model's folder"
             )
-        tokenizer = tokenizer or FastTokenizer.from_folder(folder)
+        tokenizer = tokenizer or tokenizer_of(folder, config or {})
         if own is not None:
             return cls(tokenizer, **_from_processor_json(own, tokenizer, folder / "processor.json"))
         assert config is not None
@@ -111,19 +127,25 @@ class Processor:
         """Encode a conversation; with ``train`` it ends with an answer, and has labels.
 
         Raises:
-            MessageError: wrong order, too many images, or nothing to encode.
-            ImageError: a picture cannot be read.
+            MessageError: wrong order, too many images, a video for a model that takes none, or
+                nothing to encode.
+            ImageError: a picture or video cannot be read.
         """
+        self._check_videos(messages)
         segments = self.template.segments(messages, train)
         self._check_count(sum(isinstance(s, ImageSlot) for s in segments))
         ids: list[int] = []
         types: list[int] = []
         labels: list[int] = []
         pixel_values: list[NDArray[np.float32]] = []
-        for segment in segments:
+        large: list[NDArray[np.float32]] = []
+        for segment in self._expand(segments):
             if isinstance(segment, ImageSlot):
-                values, count = self._image(segment)
-                pixel_values.append(values)
+                image = self._image(segment)
+                pixel_values.append(self.pixels(image))
+                if self.cross_pixels is not None:
+                    large.append(self.cross_pixels(image))
+                count = self.pixels.tokens(*self.pixels.grid(*image.size))
                 new, kind, labelled = [self.image_token_id] * count, IMAGE, False
             else:
                 new, kind, labelled = self._words(segment), LANGUAGE, segment.labelled
@@ -132,7 +154,13 @@ class Processor:
             labels += new if labelled else [IGNORED] * len(new)
         if not ids:
             raise MessageError("the conversation has no token; give it a text or an image")
-        return Encoded(_int64(ids), _int64(types), pixel_values, _int64(labels) if train else None)
+        return Encoded(
+            _int64(ids),
+            _int64(types),
+            pixel_values,
+            _int64(labels) if train else None,
+            None if self.cross_pixels is None else large,
+        )
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
         """Join rows to a batch, padded on the left.
@@ -158,6 +186,9 @@ class Processor:
             pixel_values=[image for row in rows for image in row.pixel_values],
             image_counts=tuple(len(row.pixel_values) for row in rows),
             labels=_pad(labelled, IGNORED) if labelled else None,
+            cross_pixel_values=None
+            if self.cross_pixels is None
+            else [image for row in rows for image in row.cross_pixel_values or ()],
         )
 
     def decode(self, ids: ArrayLike) -> str:
@@ -171,9 +202,36 @@ class Processor:
                 f"{self.max_images}; leave out {images - self.max_images}"
             )
 
-    def _image(self, slot: ImageSlot) -> tuple[NDArray[np.float32], int]:
-        image = load_image(slot.image.source, self.limits)
-        return self.pixels(image), self.pixels.tokens(*self.pixels.grid(*image.size))
+    def _check_videos(self, messages: Sequence[Message]) -> None:
+        if self.video is None and any(isinstance(p, Video) for m in messages for p in m.parts):
+            raise MessageError(
+                "the conversation has a video, and this model takes pictures only; models of the "
+                "class CogVLMVideoForCausalLM (CogVLM2-Video, cogvlm2-llama3-caption) take videos"
+            )
+
+    def _expand(self, segments: Sequence[Segment]) -> Iterator[Segment]:
+        """For a video model, the frames of every film, numbered where its plan says so.
+
+        A picture is a film of one frame there.
+        """
+        for segment in segments:
+            if self.video is None or not isinstance(segment, ImageSlot):
+                yield segment
+                continue
+            for i, frame in enumerate(self._frames(segment.image, self.video)):
+                yield ImageSlot(frame)
+                if self.video.numbered:
+                    yield Plain(str(i))
+
+    def _frames(self, shown: Image | Video, plan: VideoPlan) -> list[Image]:
+        if isinstance(shown, Image):
+            return [shown]
+        frames = load_video(shown.source, plan, self.video_limits)
+        return [Image(PILImage.fromarray(frame)) for frame in frames]
+
+    def _image(self, slot: ImageSlot) -> PILImage.Image:
+        assert isinstance(slot.image, Image)  # films are expanded or refused before
+        return load_image(slot.image.source, self.limits)
 
     def _words(self, segment: Plain | Special) -> list[int]:
         if isinstance(segment, Plain):
@@ -230,9 +288,6 @@ def _from_processor_json(
 def _from_config_json(
     config: Mapping[str, Any], tokenizer: Tokenizer, path: Path
 ) -> dict[str, Any]:
-    if "cross_image_size" in config:
-        # Its "chat" is another format under the same name.
-        raise ConfigError(f"{path} is a CogAgent, whose templates are not supported; use a CogVLM")
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping) or not {"image_size", "patch_size"} <= vision.keys():
         raise ConfigError(f"{path}: vision_config needs image_size and patch_size; add them")
@@ -242,14 +297,28 @@ def _from_config_json(
     if type(placeholder) is not int:
         raise ConfigError(f"{path} has no pad_token_id, the image placeholder; add it")
     plan = {"size": vision["image_size"], "patch": vision["patch_size"]}
+    large = config.get("cross_image_size")
+    # CogAgent's "chat" is another format under the same name.
+    family = "" if large is None else "cogagent-"
+    usual = "glm4" if _GLM in config else "chat"
+    template = _template(f"{family}{config.get('template_version', usual)}", path)
+    video = None
+    kind: type[SquarePixels] = SquarePixels
+    if _VIDEO in (config.get("architectures") or ()):
+        video, kind = VideoPlan.of_template(template.name), FramePixels
     try:
-        pixels = SquarePixels(**plan, merge=_merge(config, vision, path))
+        pixels = kind(**plan, merge=_merge(config, vision, path))
+        # Any patch divides here: the encoder of the large copy knows its own.
+        cross = None if large is None else SquarePixels(large, patch=1, merge=1)
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc}") from None
     return {
-        "template": _template(config.get("template_version", "chat"), path),
+        "template": template,
         "pixels": pixels,
         "image_token_id": placeholder,
+        "video": video,
+        "max_images": None if large is None else 1,
+        "cross_pixels": cross,
     }
 
 
@@ -257,7 +326,8 @@ def _merge(config: Mapping[str, Any], vision: Mapping[str, Any], path: Path) -> 
     if vision.get("grid", "square") != "square":
         raise ConfigError(f"{path}: grid {vision['grid']!r} needs a processor.json; add one")
     # The released files do not say: the convolution came with the grouped queries of CogVLM2.
-    released = "conv_glu" if "num_multi_query_heads" in config else "linear_glu"
+    later = "num_multi_query_heads" in config or _GLM in config
+    released = "conv_glu" if later else "linear_glu"
     adapter = vision.get("adapter", released)
     merges = {"conv_glu": 2, "linear_glu": 1}
     if adapter not in merges:

@@ -1,7 +1,7 @@
-"""Conversations as plain values: :class:`Message`, :class:`Text`, :class:`Image`.
+"""Conversations as plain values: :class:`Message`, :class:`Text`, :class:`Image`, :class:`Video`.
 
-Knows nothing about tokens, pixels or prompt formats.  Nothing is read here except ``data:`` URLs;
-a server fetches ``http`` URLs itself and puts the bytes in.
+Knows nothing about tokens, pixels, the choice of frames or prompt formats.  Nothing is read here
+except ``data:`` URLs; a server fetches ``http`` URLs itself and puts the bytes in.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
 from PIL import Image as PILImage
 
 from ..errors import MessageError
 
 Role = Literal["system", "user", "assistant"]
 ImageSource: TypeAlias = "str | Path | bytes | PILImage.Image | BinaryIO"
+VideoSource: TypeAlias = "str | Path | bytes | BinaryIO | tuple[PILImage.Image, ...]"
 
 ROLES: tuple[str, ...] = get_args(Role)
+VIDEO_SUFFIXES = frozenset(
+    """
+    .3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .webm .wmv
+    """.split()  # noqa: SIM905
+)
+"""Names that end so are films wherever a path may be a picture or a film."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,50 @@ class Image:
         return f"Image({self.source!r})"
 
 
-Part: TypeAlias = "Text | Image"
+@dataclass(frozen=True)
+class Video:
+    """A film: a path, the bytes of a file, an open binary file, or its frames as pictures.
+
+    Of a file the model's processor chooses the frames; frames given as pictures (a sequence of
+    ``PIL.Image``, or an array ``uint8[T, H, W, 3]`` of RGB) are taken as they are.  A file is
+    opened only when a processor encodes it, see :func:`cogvlm.processor.load_video`.
+
+    Raises:
+        MessageError: frames that are no pictures, or none at all.
+    """
+
+    source: VideoSource
+
+    def __post_init__(self) -> None:
+        source: Any = self.source  # callers are not all type-checked
+        if isinstance(source, (str, Path, bytes)) or hasattr(source, "read"):
+            return
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3:
+                raise MessageError(
+                    f"video frames are {source.dtype}{list(source.shape)}; give uint8[T, H, W, 3]"
+                )
+            source = [PILImage.fromarray(frame) for frame in source]
+        if not isinstance(source, Sequence) or not all(
+            isinstance(frame, PILImage.Image) for frame in source
+        ):
+            raise MessageError(
+                f"video is a {type(source).__name__}; give a path, bytes, a binary file or frames "
+                "(a list of PIL images or an array uint8[T, H, W, 3])"
+            )
+        if not source:
+            raise MessageError("video has no frame; give at least one")
+        object.__setattr__(self, "source", tuple(source))
+
+    def __repr__(self) -> str:
+        if isinstance(self.source, bytes):
+            return f"Video(<{len(self.source)} bytes>)"
+        if isinstance(self.source, tuple):
+            return f"Video(<{len(self.source)} frames>)"
+        return f"Video({self.source!r})"
+
+
+Part: TypeAlias = "Text | Image | Video"
 
 
 @dataclass(frozen=True)
@@ -70,8 +121,8 @@ class Message:
     """What one side says: a role and its parts, in order.
 
     Raises:
-        MessageError: an unknown role, no part at all, a part that is neither text nor image, or
-            an image that is not in a user message.
+        MessageError: an unknown role, no part at all, a part that is not text, image or video,
+            or an image or video that is not in a user message.
     """
 
     role: Role
@@ -84,18 +135,21 @@ class Message:
         if isinstance(parts, str) or not isinstance(parts, Sequence):
             raise MessageError(
                 f"{self.role} message: parts is a {type(parts).__name__}; "
-                "give a tuple of Text and Image"
+                "give a tuple of Text, Image and Video"
             )
         object.__setattr__(self, "parts", tuple(parts))
         if not self.parts:
             raise MessageError(f"{self.role} message is empty; give it a text or an image")
         for part in self.parts:
-            if not isinstance(part, (Text, Image)):
+            if not isinstance(part, (Text, Image, Video)):
                 raise MessageError(
-                    f"{self.role} message: a part is a {type(part).__name__}; give Text or Image"
+                    f"{self.role} message: a part is a {type(part).__name__}; "
+                    "give Text, Image or Video"
                 )
             if isinstance(part, Image) and self.role != "user":
                 raise MessageError(f"{self.role} message has an image; only users send images")
+            if isinstance(part, Video) and self.role != "user":
+                raise MessageError(f"{self.role} message has a video; only users send videos")
 
     @property
     def text(self) -> str:
@@ -107,9 +161,17 @@ class Message:
         """The image parts, in order."""
         return tuple(p for p in self.parts if isinstance(p, Image))
 
+    @property
+    def visuals(self) -> tuple[Image | Video, ...]:
+        """The image and video parts, in order."""
+        return tuple(p for p in self.parts if isinstance(p, (Image, Video)))
 
-def user(*parts: str | Text | Image | Path | bytes | PILImage.Image | BinaryIO) -> Message:
+
+def user(*parts: str | Part | Path | bytes | PILImage.Image | BinaryIO) -> Message:
     """Build a user message: a ``str`` is text; a ``Path``, bytes, file or PIL image is a picture.
+
+    A ``Path`` with the suffix of a film (``.mp4``, ...) is a video; write :class:`Video` around
+    other sources of one.
 
     >>> from pathlib import Path
     >>> user(Path("bus.png"), "What is this?").text
@@ -129,10 +191,12 @@ def system(text: str) -> Message:
 
 
 def _part(value: Any) -> Part:
-    if isinstance(value, (Text, Image)):
+    if isinstance(value, (Text, Image, Video)):
         return value
     if isinstance(value, str):
         return Text(value)
+    if isinstance(value, Path) and value.suffix.lower() in VIDEO_SUFFIXES:
+        return Video(value)
     if isinstance(value, (Path, bytes, PILImage.Image)) or hasattr(value, "read"):
         return Image(value)
     raise MessageError(
@@ -171,10 +235,10 @@ def parse_messages(items: Sequence[Mapping[str, Any]], *, files: bool = True) ->
     Args:
         items: ``{"role": ..., "content": ...}`` each; ``content`` is a string or a list of
             ``{"type": "text", "text": ...}``,
-            ``{"type": "image_url", "image_url": {"url": "data:..."}}`` and
-            ``{"type": "image", "image": path}``.
-        files: whether ``{"type": "image"}``, which names a file of this machine, is allowed; a
-            server that reads requests of strangers says no.
+            ``{"type": "image_url", "image_url": {"url": "data:..."}}``,
+            ``{"type": "image", "image": path}`` and ``{"type": "video", "video": path}``.
+        files: whether ``{"type": "image"}`` and ``{"type": "video"}``, which name a file of this
+            machine, are allowed; a server that reads requests of strangers says no.
 
     Raises:
         MessageError: an unknown field, role or part type, a URL that is not ``data:``, or
@@ -216,7 +280,10 @@ def _parse_part(part: Any, files: bool) -> Part:
     if kind == "image":
         _fields(part, ("type", "image"), (), "image part")
         return _local_image(part["image"], files)
-    raise MessageError(f"unknown part type {kind!r}; known types: text, image_url, image")
+    if kind == "video":
+        _fields(part, ("type", "video"), (), "video part")
+        return _local_video(part["video"], files)
+    raise MessageError(f"unknown part type {kind!r}; known types: text, image_url, image, video")
 
 
 def _local_image(source: Any, files: bool) -> Image:
@@ -225,6 +292,12 @@ def _local_image(source: Any, files: bool) -> Image:
     if not isinstance(source, (str, Path, bytes, PILImage.Image)):
         raise MessageError(f"image is a {type(source).__name__}; give the path of a file")
     return Image(source)
+
+
+def _local_video(source: Any, files: bool) -> Video:
+    if not files:
+        raise MessageError("part type 'video' names a local file, which is off here")
+    return Video(source)
 
 
 def _fields(item: Any, needed: Sequence[str], optional: Sequence[str], where: str) -> None:

@@ -6,13 +6,18 @@ Knows nothing about images or prompt formats.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
 
 from ..errors import CheckpointError
+from .sentencepiece import read_sentencepiece
+from .tiktoken import is_rank_file, read_tiktoken
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+VICUNA = "lmsys/vicuna-7b-v1.5"
 
 
 class Tokenizer(Protocol):
@@ -67,28 +72,54 @@ class FastTokenizer:
         self.pad_id = pad_id
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> FastTokenizer:
-        """Load ``tokenizer.json``.
+    def from_folder(
+        cls, folder: str | Path, config: Mapping[str, Any] | None = None
+    ) -> FastTokenizer:
+        """Load ``tokenizer.json``, or where there is none ``tokenizer.model``
+        (sentencepiece, or GLM-4's list of tokens and ranks).
 
         bos, eos and pad come from ``tokenizer_config.json``; where it names none, from
-        ``config.json``.
+        ``config``, by default the folder's ``config.json``.
 
         Raises:
-            CheckpointError: ``tokenizer.json`` is missing, or a file cannot be read.
+            CheckpointError: both files are missing, or one cannot be read.
         """
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        folder = Path(folder)
+        path = next((folder / n for n in TOKENIZER_FILES if (folder / n).is_file()), None)
+        if path is None:
             raise CheckpointError(
-                f"{path} is missing; put the tokenizer.json of the language model there"
+                f"{folder / TOKENIZER_FILES[0]} is missing; put the tokenizer.json of the language "
+                "model there"
             )
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as exc:  # the library raises plain Exception for a file it cannot read
-            raise CheckpointError(f"{path} is damaged ({exc}); download it again") from None
-        names = read_json(Path(folder) / "tokenizer_config.json") or {}
-        config = read_json(Path(folder) / "config.json") or {}
+        return cls.from_file(path, config or read_json(folder / "config.json"))
+
+    @classmethod
+    def from_file(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> FastTokenizer:
+        """Load a tokenizer file, as :meth:`from_folder` does.
+
+        Args:
+            path: ``tokenizer.json``, or a sentencepiece model or a list of tokens and ranks,
+                whose names end in ``.model``.
+            config: the model's ``config.json``, for ids that ``tokenizer_config.json`` beside the
+                file does not name.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        path = Path(path)
+        names = read_json(path.with_name("tokenizer_config.json")) or {}
+        if path.suffix == ".model" and is_rank_file(path):
+            tokenizer = read_tiktoken(path, names)
+        elif path.suffix == ".model":
+            tokenizer, own = read_sentencepiece(path)
+            names = {**own, **{key: name for key, name in names.items() if name is not None}}
+        else:
+            try:
+                tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as exc:  # the library raises plain Exception for what it cannot read
+                raise CheckpointError(f"{path} is damaged ({exc}); download it again") from None
         ids = {
-            f"{kind}_id": _special_id(tokenizer, names.get(f"{kind}_token"), config, kind)
+            f"{kind}_id": _special_id(tokenizer, names.get(f"{kind}_token"), config or {}, kind)
             for kind in ("bos", "eos", "pad")
         }
         return cls(tokenizer, **ids)
@@ -104,6 +135,69 @@ class FastTokenizer:
     def token_id(self, name: str) -> int | None:
         """Id of a token by its string, special ones included."""
         return self._tokenizer.token_to_id(name)
+
+
+def open_tokenizer(name: str | Path, config: Mapping[str, Any] | None = None) -> FastTokenizer:
+    """A tokenizer that the user names.
+
+    Args:
+        name: a folder, a file as in :meth:`FastTokenizer.from_file`, or a hub name whose files
+            are in the hub's cache already.
+        config: the model's ``config.json``.
+
+    Raises:
+        CheckpointError: it is not there, or cannot be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return FastTokenizer.from_file(path, config)
+    found = path if path.is_dir() else _in_hub_cache(str(name))
+    if found is None:
+        raise CheckpointError(
+            f"tokenizer {str(name)!r}: no such file or folder; give the tokenizer.json or "
+            "tokenizer.model of the language model, or the folder that holds it"
+        )
+    return FastTokenizer.from_folder(found, config)
+
+
+def tokenizer_of(folder: Path, config: Mapping[str, Any]) -> FastTokenizer:
+    """The tokenizer of a model's folder.
+
+    The released folders of the first generation (CogVLM-17B, CogAgent-18B) hold none: theirs is
+    that of Vicuna, which is taken out of the hub's cache if it is there.
+
+    Raises:
+        CheckpointError: there is none, and what to fetch.
+    """
+    if any((folder / name).is_file() for name in TOKENIZER_FILES) or not _of_vicuna(config):
+        return FastTokenizer.from_folder(folder)
+    if _in_hub_cache(VICUNA) is not None:
+        return open_tokenizer(VICUNA, config)
+    raise CheckpointError(
+        f"{folder} has no tokenizer, as released: fetch Vicuna's with 'hf download {VICUNA} "
+        "tokenizer.model tokenizer_config.json', or name one with --tokenizer (in Python: "
+        "tokenizer=)"
+    )
+
+
+def _of_vicuna(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of the first generation."""
+    later = {"num_multi_query_heads", "multi_query_group_num", "language_model"}
+    return "vision_config" in config and not later & config.keys()
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """The folder of a hub model that holds a tokenizer, if it was fetched before."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    for file in TOKENIZER_FILES:
+        try:
+            found = try_to_load_from_cache(name, file)
+        except (errors.HFValidationError, OSError):
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -124,7 +218,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _special_id(
-    tokenizer: tokenizers.Tokenizer, name: Any, config: dict[str, Any], kind: str
+    tokenizer: tokenizers.Tokenizer, name: Any, config: Mapping[str, Any], kind: str
 ) -> int | None:
     if isinstance(name, dict):
         name = name.get("content")
