@@ -28,9 +28,9 @@ class Sizes:
     heads: int = 12
     kv_heads: int = 3  # a quarter of the heads, as in Llama-3-8B
     vocab: int = 32000
-    prompt: int = 512  # tokens a row, image and text
-    image: int = 400  # of them image tokens, begin and end marker included
-    repeats: int = 15  # timed prefills of each side
+    prompt: int = 2400  # tokens a row, image and text
+    image: int = 2306  # of them image tokens, begin and end marker included: CogVLM2's 1344x1344
+    repeats: int = 5  # timed prefills of each side
     steps: int = 60  # timed decode steps of each side
 
     @property
