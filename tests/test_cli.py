@@ -131,7 +131,8 @@ def test_ctrl_c_is_exit_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.path[:0] = {path!r}
 from cogvlm.cli import _quiet_libraries, main
 _quiet_libraries()  # as the command does, before what is noisy is imported
