@@ -134,8 +134,9 @@ INTERRUPTED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.path[:0] = {path!r}
-from cogvlm.cli import _quiet_libraries, main
-_quiet_libraries()  # as the command does, before what is noisy is imported
+from cogvlm.cli import main
+from cogvlm.cli.shared import quiet_libraries
+quiet_libraries()  # as the command does, before what is noisy is imported
 import cogvlm.load
 from engine.toys import scripted
 text = "".join(chr(33 + i * i % 90) for i in range(400))

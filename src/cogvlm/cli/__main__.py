@@ -1,0 +1,5 @@
+"""``python -m cogvlm.cli``."""
+
+from . import main
+
+main()

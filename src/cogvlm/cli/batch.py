@@ -1,0 +1,109 @@
+"""``cogvlm run`` and ``cogvlm eval``: files of questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .shared import (
+    DeviceOption,
+    ModelOption,
+    PickleOption,
+    Precision,
+    PrecisionOption,
+    RepetitionOption,
+    SeedOption,
+    TemperatureOption,
+    TokenizerOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+    app,
+    load,
+    plain_errors,
+    progress,
+    quiet_libraries,
+)
+
+
+@app.command()
+@plain_errors
+def run(
+    requests: Annotated[
+        Path,
+        typer.Argument(help='JSON lines: {"id", "image", "images" or "video", "question"}.'),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines, appended to.")],
+    model: ModelOption = "nano",
+    tokenizer: TokenizerOption = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 8,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    precision: PrecisionOption = Precision.auto,
+    device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
+    repetition_stop: RepetitionOption = True,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON summary at the end.")] = False,
+) -> None:
+    """Answer a file of questions; run it again to go on where it was stopped."""
+    quiet_libraries()
+    from ..engine import GenerationSettings, run_file
+
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed, repetition_stop)
+    if not requests.is_file():
+        raise InputError(f"{requests}: no such file")
+    loaded = load(model, precision, device, tokenizer, allow_pickle)
+    with progress("answering") as show:
+        summary = run_file(requests, output, loaded, settings, batch_size, show)
+    if as_json:
+        from dataclasses import asdict
+
+        typer.echo(json.dumps(asdict(summary)))
+    else:
+        typer.echo(
+            f"{output}: {summary.answered} answered, {summary.failed} failed, "
+            f"{summary.skipped} there before, of {summary.requests}; {summary.seconds:.1f} s",
+            err=True,
+        )
+
+
+@app.command("eval")
+@plain_errors
+def evaluate(
+    requests: Annotated[
+        Path, typer.Argument(help="JSON lines as for 'run', with a 'truth' in each.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Answers; default: NAME.answers.jsonl, made anew."),
+    ] = None,
+    model: ModelOption = "nano",
+    tokenizer: TokenizerOption = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 16,
+    max_new_tokens: TokensOption = 96,
+    precision: PrecisionOption = Precision.auto,
+    device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
+) -> None:
+    """Answer a file of questions and score the answers: one JSON line."""
+    quiet_libraries()
+    from ..engine import GenerationSettings
+    from ..eval.run import as_line, score_file
+
+    if not requests.is_file():
+        raise InputError(f"{requests}: no such file")
+    if output is None:
+        output = Path(f"{requests.stem}.answers.jsonl")
+        output.unlink(missing_ok=True)
+    settings = GenerationSettings(max_new_tokens)
+    loaded = load(model, precision, device, tokenizer, allow_pickle)
+    with progress("answering") as show:
+        score = score_file(requests, output, loaded, batch_size, settings, show)
+    typer.echo(as_line(score))
