@@ -14,7 +14,7 @@ from cogvlm.cli import app
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     p
-    for pattern in ("*.md", "benchmarks/*.md", "examples/*.md", "recipes/*.md", "src/**/*.md")
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "examples/*.md", "recipes/*.md", "src/**/*.md")
     for p in ROOT.glob(pattern)
 )
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
