@@ -12,11 +12,8 @@ from typer.main import get_command
 from cogvlm.cli import app
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(
-    p
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "examples/*.md", "recipes/*.md", "src/**/*.md")
-    for p in ROOT.glob(pattern)
-)
+FOLDERS = ("", "docs/", "benchmarks/", "examples/", "recipes/", "src/**/")
+DOCUMENTS = sorted(p for folder in FOLDERS for p in ROOT.glob(f"{folder}*.md"))
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 
 

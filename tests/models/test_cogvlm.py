@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear_glu": {"vision_config": {"adapter": "linear_glu"}},
     "qformer": {"vision_config": {"adapter": "qformer", "adapter_queries": 5}},
     "native": {"vision_config": NATIVE},
+    "tall_tokens": {"vision_config": {"adapter_merge": [4, 1]}},
 }
 
 
@@ -118,7 +119,7 @@ def test_native_grids_of_several_sizes_in_one_prompt() -> None:
     assert both.shape[1] == 1 + 5 + 2 + 4 + 3
     with pytest.raises(InputError, match="6x2 patches; this model takes at most 4x6"):
         model(**row(model, 1, image(0, 84, 28), 2))
-    with pytest.raises(InputError, match="multiples of 28"):
+    with pytest.raises(InputError, match="multiple of 28"):
         model.model.vision(image(0, 28, 30)[None])
 
 

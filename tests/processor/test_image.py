@@ -377,6 +377,15 @@ def test_plans_from_dicts() -> None:
     assert pixels_from_dict(values, "x") == NativePixels(max_rows=8)
 
 
+def test_a_token_may_be_taller_than_wide() -> None:
+    plan = pixels_from_dict({"kind": "native", "merge": [4, 1], "max_rows": 4, "max_cols": 9}, "x")
+    assert plan == NativePixels(merge=(4, 1), max_rows=4, max_cols=9)
+    assert plan.grid(300, 100) == (4, 9)  # 126 x 42 pixels, the rows made a whole token
+    assert plan.grid(70, 56) == (4, 5)
+    assert plan.tokens(4, 5) == 5 + 2
+    assert plan(PILImage.new("RGB", (70, 56))).shape == (3, 56, 70)
+
+
 @pytest.mark.parametrize(
     ("values", "say"),
     [
@@ -392,6 +401,9 @@ def test_plans_from_dicts() -> None:
         ({"kind": "native", "max_rows": 3}, "max_rows 3 is no multiple of merge = 2"),
         ({"kind": "native", "max_patches": 3}, "max_patches 3 is less than one token, 4 patches"),
         ({"kind": "native", "max_patches": -1}, "max_patches is -1"),
+        ({"kind": "native", "merge": [4, 0]}, r"merge is \(4, 0\)"),
+        ({"kind": "native", "merge": [4, 1, 1]}, r"merge is \(4, 1, 1\)"),
+        ({"kind": "native", "merge": [3, 1]}, "max_rows 4 is no multiple of merge = 3"),
     ],
 )
 def test_impossible_plans_are_refused(values, say) -> None:  # type: ignore[no-untyped-def]

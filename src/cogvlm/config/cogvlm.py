@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigError
-from .keys import check_choice, check_keys
+from .keys import check_choice, check_keys, check_pair
 
 
 class VisionConfig(PreTrainedConfig):
@@ -39,9 +39,11 @@ class VisionConfig(PreTrainedConfig):
     grid: Literal["square", "native"] = "square"
     max_rows: int | None = None  # patches, for grid="native"
     max_cols: int | None = None  # patches, for grid="native"
-    # "conv_glu": 2x2 stride-2 convolution, then linear + GLU (CogVLM2); "linear_glu": CogVLM;
+    # "conv_glu": a strided convolution (2x2 released), then linear + GLU; "linear_glu": CogVLM;
     # "qformer": adapter_queries learned queries read the patches by cross-attention.
     adapter: Literal["conv_glu", "linear_glu", "qformer"] = "conv_glu"
+    # Rows and columns of patches that the convolution joins into one token.
+    adapter_merge: list[int] | tuple[int, ...] = (2, 2)
     adapter_intermediate_size: int | None = None  # None: that of the language model
     adapter_queries: int = 64  # tokens an image, for adapter="qformer"
     adapter_layers: int = 2  # cross-attention layers, for adapter="qformer"
@@ -51,6 +53,7 @@ class VisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         check_choice(self.grid, ("square", "native"), "vision_config.grid")
         check_choice(self.adapter, ("conv_glu", "linear_glu", "qformer"), "vision_config.adapter")
+        self.adapter_merge = check_pair(self.adapter_merge, "vision_config.adapter_merge")
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"vision_config: hidden_size {self.hidden_size} is not a multiple of "
@@ -74,15 +77,16 @@ class VisionConfig(PreTrainedConfig):
         return side, side
 
     @property
-    def merge(self) -> int:
-        """Patches a side that the adapter joins into one token."""
-        return 2 if self.adapter == "conv_glu" else 1
+    def merge(self) -> tuple[int, int]:
+        """Rows and columns of patches that the adapter joins into one token."""
+        rows, cols = self.adapter_merge if self.adapter == "conv_glu" else (1, 1)
+        return rows, cols
 
     def token_grid(self, rows: int, cols: int) -> tuple[int, int]:
         """Rows and columns of image tokens for a grid of ``rows`` x ``cols`` patches."""
         if self.adapter == "qformer":
             return 1, self.adapter_queries
-        return rows // self.merge, cols // self.merge
+        return rows // self.merge[0], cols // self.merge[1]
 
 
 class CogVLMConfig(PreTrainedConfig):

@@ -6,6 +6,7 @@ of earlier ChatGLM models; those that GLM-4V does not use are refused, never ign
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -51,10 +52,10 @@ class Glm4vVisionConfig(VisionConfig):
             raise ConfigError(
                 f"vision_config: scaling_factor is {self.scaling_factor}; give more than 0"
             )
-        if self.image_size % (self.patch_size * self.merge):
+        unit = self.patch_size * math.lcm(*self.merge)
+        if self.image_size % unit:
             raise ConfigError(
-                f"vision_config: image_size {self.image_size} is not a multiple of "
-                f"{self.patch_size * self.merge}"
+                f"vision_config: image_size {self.image_size} is not a multiple of {unit}"
             )
 
 

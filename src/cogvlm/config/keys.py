@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedConfig
 
@@ -46,3 +46,15 @@ def check_choice(value: str, options: tuple[str, ...], name: str) -> None:
     """
     if value not in options:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(options)}")
+
+
+def check_pair(value: Sequence[int], name: str) -> tuple[int, int]:
+    """Two whole numbers of at least 1, as a tuple whatever the file made of them.
+
+    Raises:
+        ConfigError: something else.
+    """
+    numbers = list(value) if isinstance(value, Sequence) else []
+    if len(numbers) != 2 or any(type(n) is not int or n < 1 for n in numbers):
+        raise ConfigError(f"{name} is {value!r}; give two whole numbers of at least 1")
+    return numbers[0], numbers[1]

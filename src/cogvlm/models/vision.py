@@ -178,8 +178,8 @@ class QFormer(nn.Module):
 class VisionModel(nn.Module):
     """Tower and adapter: one image becomes ``[boi, T tokens, eoi]``.
 
-    ``conv`` (2x2, stride 2) exists for ``adapter="conv_glu"`` only, ``qformer`` for
-    ``adapter="qformer"`` only.
+    ``conv`` (2x2, stride 2, where the configuration does not say otherwise) exists for
+    ``adapter="conv_glu"`` only, ``qformer`` for ``adapter="qformer"`` only.
     """
 
     def __init__(self, config: CogVLMConfig) -> None:
@@ -195,7 +195,7 @@ class VisionModel(nn.Module):
         self.transformer = VisionTransformer(vision)
         self.linear_proj = GLU(width, dim, inner)
         if vision.adapter == "conv_glu":
-            self.conv = nn.Conv2d(width, width, kernel_size=2, stride=2)
+            self.conv = nn.Conv2d(width, width, kernel_size=vision.merge, stride=vision.merge)
         elif vision.adapter == "qformer":
             self.qformer = QFormer(
                 width,
@@ -214,11 +214,11 @@ class VisionModel(nn.Module):
         Raises:
             InputError: a side is not a multiple of patch x merge.
         """
-        unit = self.patch_size * self.merge
-        if height % unit or width % unit or not height or not width:
+        tall, wide = (self.patch_size * patches for patches in self.merge)
+        if height % tall or width % wide or not height or not width:
             raise InputError(
-                f"image of {width}x{height} pixels: both sides must be multiples of {unit}; "
-                "use the model's own processor"
+                f"image of {width}x{height} pixels: its width must be a multiple of {wide}, its "
+                f"height of {tall}; use the model's own processor"
             )
         return height // self.patch_size, width // self.patch_size
 
@@ -233,7 +233,7 @@ class VisionModel(nn.Module):
         if self.adapter == "conv_glu":
             n, _, width = patches.shape
             square = patches.transpose(1, 2).reshape(n, width, *grid)
-            patches = self.conv(square).flatten(2).transpose(1, 2)  # [N, P / 4, C]
+            patches = self.conv(square).flatten(2).transpose(1, 2)  # [N, T, C]
         elif self.adapter == "qformer":
             patches = self.qformer(patches)
         return self.linear_proj(patches)  # type: ignore[no-any-return]

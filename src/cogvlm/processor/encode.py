@@ -323,8 +323,9 @@ def _from_config_json(
 
 
 def _merge(config: Mapping[str, Any], vision: Mapping[str, Any], path: Path) -> int:
-    if vision.get("grid", "square") != "square":
-        raise ConfigError(f"{path}: grid {vision['grid']!r} needs a processor.json; add one")
+    for key, usual in (("grid", "square"), ("adapter_merge", [2, 2])):
+        if vision.get(key, usual) != usual:
+            raise ConfigError(f"{path}: {key} {vision[key]!r} needs a processor.json; add one")
     # The released files do not say: the convolution came with the grouped queries of CogVLM2.
     later = "num_multi_query_heads" in config or _GLM in config
     released = "conv_glu" if later else "linear_glu"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import math
 import stat
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,7 +86,7 @@ def _open_path(path: Path, limits: ImageLimits) -> Image.Image:
     except PermissionError:
         raise ImageError(f"{name} may not be read; check its permissions") from None
     except (OSError, ValueError) as exc:
-        raise ImageError(f"{name} cannot be opened ({_short(exc)}); check the path") from None
+        raise ImageError(f"{name} cannot be opened ({first_line(exc)}); check the path") from None
 
 
 def _read_file(file: Any) -> tuple[bytes, str]:
@@ -97,7 +97,7 @@ def _read_file(file: Any) -> tuple[bytes, str]:
             file.seek(0)
         data = file.read()
     except (OSError, ValueError, AttributeError) as exc:
-        raise ImageError(f"{name} cannot be read ({_short(exc)}); open it again") from None
+        raise ImageError(f"{name} cannot be read ({first_line(exc)}); open it again") from None
     if not isinstance(data, bytes):
         raise ImageError(f"{name} gives {type(data).__name__}, not bytes; open it in mode 'rb'")
     return data, name
@@ -112,18 +112,16 @@ def _open_stream(stream: Any, name: str, limits: ImageLimits) -> Image.Image:
         raise ImageError(f"{name} is empty; it was perhaps not written or downloaded fully")
     Image.init()
     formats = [f for f in Image.ID if f not in _REFUSED_FORMATS]
-    try:
-        image = Image.open(stream, formats=formats)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise ImageError(f"{name} is over Pillow's limit ({_short(exc)}); scale it down") from None
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"{name} is not a picture that can be read; give PNG, JPEG, WebP, GIF, BMP or TIFF"
-        ) from None
-    except MemoryError:
-        raise
-    except Exception as exc:  # decoders raise nearly anything on a broken file
-        raise ImageError(f"{name} is broken ({_short(exc)}); save or download it again") from None
+    with decoding(name, "broken"):
+        try:
+            image = Image.open(stream, formats=formats)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+            why = first_line(exc)
+            raise ImageError(f"{name} is over Pillow's limit ({why}); scale it down") from None
+        except UnidentifiedImageError:
+            raise ImageError(
+                f"{name} is not a picture that can be read; give PNG, JPEG, WebP, GIF, BMP or TIFF"
+            ) from None
     with image:
         return _decode(image, name, limits)
 
@@ -137,20 +135,34 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
             f"{name} has {width}x{height} = {width * height} pixels, over the limit of "
             f"{limits.max_pixels}; scale it down or raise ImageLimits.max_pixels"
         )
-    try:
+    with decoding(name, "broken or cut off"):
         image.load()
         return _to_rgb(_upright(image), name)
+
+
+@contextmanager
+def decoding(name: str, state: str) -> Iterator[None]:
+    """Make what a decoder raises an error of ours; ours, and a lack of memory, pass.
+
+    Args:
+        name: of the file.
+        state: what it is then, such as ``"broken"``.
+
+    Raises:
+        ImageError: instead of whatever was raised inside.
+    """
+    try:
+        yield
     except (ImageError, MemoryError):
         raise
     except Exception as exc:  # decoders raise nearly anything on a broken file
-        raise ImageError(
-            f"{name} is broken or cut off ({_short(exc)}); save or download it again"
-        ) from None
+        why = first_line(exc)
+        raise ImageError(f"{name} is {state} ({why}); save or download it again") from None
 
 
-def _short(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
     """First line of an exception, since an error of ours is one line."""
-    lines = str(exc).splitlines()
+    lines = str(getattr(exc, "strerror", None) or exc).splitlines()
     return lines[0][:200] if lines and lines[0] else type(exc).__name__
 
 
@@ -245,27 +257,31 @@ class NativePixels:
     longer side gives way.
 
     Raises:
-        ConfigError: a number below 1, a maximum that is no multiple of ``merge``, or fewer than
-            ``merge**2`` patches.
+        ConfigError: a number below 1, a maximum that is no multiple of ``merge``, or fewer patches
+            than one token takes.
     """
 
     patch: int = 14  # pixels
-    merge: int = 2  # patches
+    merge: int | tuple[int, int] = 2  # patches that make a token: a side, or rows and columns
     max_rows: int = 4  # patches
     max_cols: int = 96  # patches
     max_patches: int | None = None  # patches; None: rows and columns are the only limits
 
     def __post_init__(self) -> None:
         _check_positive(self)
-        for name in ("max_rows", "max_cols"):
-            if getattr(self, name) % self.merge:
-                raise ConfigError(
-                    f"{name} {getattr(self, name)} is no multiple of merge = {self.merge}"
-                )
-        if self.max_patches is not None and self.max_patches < self.merge**2:
+        for name, merge in zip(("max_rows", "max_cols"), self.cell, strict=True):
+            if getattr(self, name) % merge:
+                raise ConfigError(f"{name} {getattr(self, name)} is no multiple of merge = {merge}")
+        if self.max_patches is not None and self.max_patches < math.prod(self.cell):
             raise ConfigError(
-                f"max_patches {self.max_patches} is less than one token, {self.merge**2} patches"
+                f"max_patches {self.max_patches} is less than one token, "
+                f"{math.prod(self.cell)} patches"
             )
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Rows and columns of patches that make a token."""
+        return (self.merge, self.merge) if isinstance(self.merge, int) else self.merge
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """``(rows, cols)`` in patches for a picture of ``width`` x ``height`` pixels.
@@ -275,23 +291,23 @@ class NativePixels:
         """
         if width < 1 or height < 1:
             raise ImageError(f"a picture of {width}x{height} pixels has no grid; give 1x1 or more")
-        unit = self.patch * self.merge
+        tall, wide = self.cell
         factor = min(self.max_rows * self.patch / height, self.max_cols * self.patch / width)
         if self.max_patches is not None:
             factor = min(factor, self.patch * math.sqrt(self.max_patches / (width * height)))
-        rows = max(1, math.floor(height * factor / unit + 0.5))
-        cols = max(1, math.floor(width * factor / unit + 0.5))
+        rows = max(1, math.floor(height * factor / (self.patch * tall) + 0.5))
+        cols = max(1, math.floor(width * factor / (self.patch * wide) + 0.5))
         if self.max_patches is not None:
-            most = self.max_patches // self.merge**2
+            most = self.max_patches // (tall * wide)
             if rows <= cols:
                 cols = min(cols, most // rows)
             else:
                 rows = min(rows, most // cols)
-        return rows * self.merge, cols * self.merge
+        return rows * tall, cols * wide
 
     def tokens(self, rows: int, cols: int) -> int:
         """Places that a grid takes among the tokens, begin and end marker included."""
-        return (rows // self.merge) * (cols // self.merge) + 2
+        return (rows // self.cell[0]) * (cols // self.cell[1]) + 2
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """Pixels ``float32[3, rows * patch, cols * patch]`` of an RGB image, normalised."""
@@ -313,6 +329,8 @@ def pixels_from_dict(values: Mapping[str, Any], where: str) -> SquarePixels | Na
     if kind not in kinds:
         raise ConfigError(f"{where}: kind {kind!r} is not known; known kinds: {', '.join(kinds)}")
     numbers = {key: value for key, value in values.items() if key != "kind"}
+    if kind == "native" and isinstance(numbers.get("merge"), list):
+        numbers["merge"] = tuple(numbers["merge"])
     refuse_unknown(numbers, [field.name for field in fields(kinds[kind])], where)
     try:
         return kinds[kind](**numbers)
@@ -325,7 +343,11 @@ def _check_positive(plan: SquarePixels | NativePixels) -> None:
         value = getattr(plan, field.name)
         if value is None and field.default is None:
             continue
-        if type(value) is not int or value < 1:
+        if field.name == "merge" and isinstance(value, tuple) and len(value) == 2:
+            numbers = value
+        else:
+            numbers = (value,)
+        if any(type(number) is not int or number < 1 for number in numbers):
             raise ConfigError(f"{field.name} is {value!r}; give a whole number of at least 1")
 
 

@@ -96,7 +96,7 @@ class AlignObjective(ReadObjective):
     embeddings: Tensor = field(kw_only=True)  # float[V, D] of the language model, frozen
     pieces: CellPieces = field(kw_only=True)
     blank: int = field(kw_only=True)  # id of the word piece for empty cells
-    merge: int = 2
+    merge: int = 2  # columns of patches in a cell
     longest: int = 3  # characters of the pieces that a token is told apart from
     temperature: float = 0.1
 

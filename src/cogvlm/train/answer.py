@@ -62,7 +62,7 @@ class AnswerObjective:
 
     def __post_init__(self) -> None:
         config: CogVLMConfig = self.trained.config
-        self.cell = config.vision.patch_size * config.vision.merge
+        self.cell = [config.vision.patch_size * patches for patches in config.vision.merge]
         self.pieces = CellPieces(self.processor.tokenizer)
         self.end = self.processor.tokenizer.eos_id
         for name, parameter in self.trained.named_parameters():
@@ -80,14 +80,15 @@ class AnswerObjective:
 
     def inputs(self, batch: LineBatch, prompt: Prompt, answers: bool) -> dict[str, Tensor]:
         """Arguments of the model for a batch of lines of one size, padded on the left."""
-        rows, cols = (side // self.cell for side in batch.pixels.shape[-2:])
+        sides = zip(batch.pixels.shape[-2:], self.cell, strict=True)
+        rows, cols = (side // cell for side, cell in sides)
         image = rows * cols + 2
         head = [*prompt.before, *[self.processor.image_token_id] * image, *prompt.after]
         tails: list[list[int]] = [[] for _ in batch.texts]
         if answers:
             assert self.end is not None
             for tail, text, xs in zip(tails, batch.texts, batch.centers, strict=True):
-                tail += [*self.pieces.line(text, xs, cols, self.cell), self.end]
+                tail += [*self.pieces.line(text, xs, cols, self.cell[1]), self.end]
         length = len(head) + max(map(len, tails))
         ids = np.full((len(tails), length), self.processor.image_token_id, np.int64)
         types, mask = np.zeros_like(ids), np.zeros_like(ids)

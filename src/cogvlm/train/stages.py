@@ -125,7 +125,7 @@ def align(recipe: Recipe, device: torch.device) -> Objective:
         embeddings=embeddings,
         pieces=CellPieces(tokenizer),
         blank=tokenizer.encode("\n")[0],
-        merge=config.vision.merge,
+        merge=config.vision.merge[1],
         **common(recipe, device),
     )
 
