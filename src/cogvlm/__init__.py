@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .errors import ImageError as ImageError
     from .errors import InputError as InputError
     from .errors import MessageError as MessageError
+    from .errors import RemoteError as RemoteError
     from .errors import ResourceError as ResourceError
     from .load import Loaded as Loaded
     from .load import load as open_model  # noqa: F401
@@ -51,6 +52,7 @@ _HOMES = {
         "ImageError",
         "InputError",
         "MessageError",
+        "RemoteError",
         "ResourceError",
     ),
     "load": ("Loaded", "open_model"),

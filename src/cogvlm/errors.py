@@ -9,6 +9,7 @@
     │   └── ConfigError                a configuration or recipe: unknown key, impossible value
     ├── CheckpointError                files of a model: missing, truncated, wrong tensors
     ├── DownloadError                  something could not be fetched or failed its checksum
+    ├── RemoteError                    a server that was asked instead of a model of ours
     └── ResourceError                  not enough memory, disk, or no such device
 
 A message says what was wrong, where, which limit applied and what to do about it, in one line.
@@ -46,6 +47,18 @@ class CheckpointError(CogVLMError):
 
 class DownloadError(CogVLMError):
     """A file could not be fetched, or what came failed its checksum."""
+
+
+class RemoteError(CogVLMError):
+    """A server that was asked in place of a local model refused, failed or cannot be reached.
+
+    Attributes:
+        stops: The next request would fare no better: a wrong key, no connection, a limit reached.
+    """
+
+    def __init__(self, message: str, *, stops: bool = True) -> None:
+        super().__init__(message)
+        self.stops = stops
 
 
 class ResourceError(CogVLMError):

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image as PILImage
 
-import cogvlm.engine.batch as batch_module
+import cogvlm.engine.local as local_module
 from cogvlm.engine import GenerationSettings, complete, generate, run_file
 from cogvlm.errors import InputError, ResourceError
 from cogvlm.processor import user
@@ -233,7 +233,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(
             raise ResourceError("out of memory")
         return generate(loaded, batch, settings)
 
-    monkeypatch.setattr(batch_module, "generate", small)
+    monkeypatch.setattr(local_module, "generate", small)
     requests = write(tmp_path / "r.jsonl", *({"id": i, "question": f"{i}?"} for i in range(5)))
     run_file(requests, tmp_path / "a.jsonl", toy_loaded(), SHORT, 5)
     assert sizes == [5, 2, 3, 1, 2]

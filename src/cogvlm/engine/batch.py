@@ -13,17 +13,18 @@ start cuts off a torn last line and goes on behind the answers that are there, e
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from ..errors import CogVLMError, InputError, ResourceError, refuse_unknown
-from ..processor import Encoded, Image, Message, Text, Video
-from .generate import GenerationSettings, generate
+from ..backend import Backend, Reply
+from ..errors import CogVLMError, InputError, RemoteError, refuse_unknown
+from ..journal import append, one_line, open_journal, read_object
+from ..processor import Image, Message, Text, Video
+from ..settings import GenerationSettings
+from .local import LocalBackend
 
 if TYPE_CHECKING:
     from ..load import Loaded
@@ -58,7 +59,7 @@ class _Request:
 def run_file(
     requests: str | Path,
     answers: str | Path,
-    loaded: Loaded,
+    loaded: Loaded | Backend,
     settings: GenerationSettings | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -72,14 +73,16 @@ def run_file(
     Args:
         requests: JSON lines; relative pictures are looked for beside this file.
         answers: JSON lines, appended to.
-        loaded: Model and processor.
+        loaded: Model and processor, or another backend.
         settings: How answers are chosen; default greedy, 256 tokens.
-        batch_size: Prompts at once, halved where memory does not suffice.
+        batch_size: Prompts at once, halved where memory does not suffice; of a remote backend,
+            requests at once.
         progress: Called as the work goes on.
 
     Raises:
         InputError: files that cannot be read or written, an id given twice, an answers file that
             is not one, another process writing it, or ``batch_size`` below 1.
+        RemoteError: the server answers no request now; what it answered before is kept.
     """
     started = time.monotonic()
     if batch_size < 1:
@@ -87,71 +90,59 @@ def run_file(
     requests, answers = Path(requests), Path(answers)
     todo = _read_requests(requests)
     answered = failed = 0
-    with _open_answers(answers, requests) as (file, known):
+    backend = loaded if isinstance(loaded, Backend) else LocalBackend(loaded)
+    settings = settings or GenerationSettings()
+    if answers.exists() and answers.samefile(requests):
+        raise InputError(f"{answers}: the answers would be written into the requests; name another")
+    with open_journal(answers, _answer_key, "an answer") as (file, known):
         left = [request for request in todo if request.key not in known]
         done = len(todo) - len(left)
         for start in range(0, len(left), batch_size):
             if progress is not None:
                 progress(done + start, len(todo))
-            lines = _answer(left[start : start + batch_size], loaded, settings)
-            _append(file, lines)
+            found = list(_answer(left[start : start + batch_size], backend, settings))
+            lines = [line for line in found if isinstance(line, dict)]
+            append(file, lines)
             wrong = sum("error" in line for line in lines)
             failed, answered = failed + wrong, answered + len(lines) - wrong
+            for line in found:
+                if isinstance(line, RemoteError):
+                    raise line
     if progress is not None:
         progress(len(todo), len(todo))
     return Summary(len(todo), answered, failed, done, time.monotonic() - started)
 
 
 def _answer(
-    requests: Sequence[_Request], loaded: Loaded, settings: GenerationSettings | None
-) -> list[dict[str, Any]]:
-    """Answer lines for one batch of requests, in their order."""
+    requests: Sequence[_Request], backend: Backend, settings: GenerationSettings
+) -> Iterator[dict[str, Any] | RemoteError]:
+    """For each request of a batch its line, or why the server will answer none."""
     started = time.monotonic()
-    lines: list[dict[str, Any]] = []
-    rows: list[tuple[dict[str, Any], Encoded]] = []
+    prepared: list[Any] = []
+    outcomes: list[Reply | Exception | None] = []  # none: the next one of the replies
     for request in requests:
-        line = dict(request.head)
-        lines.append(line)
         try:
-            rows.append((line, _encode(request, loaded)))
+            prepared.append(_prepare(request, backend))
+            outcomes.append(None)
         except (CogVLMError, OSError) as error:
-            line["error"] = _one_line(error)
-            line["seconds"] = 0.0
-    _generate(rows, loaded, settings or GenerationSettings())
-    share = (time.monotonic() - started) / max(1, len(rows))
-    for line, _ in rows:
-        line["seconds"] = round(share, 3)
-    return lines
+            outcomes.append(error)
+    replies = iter(backend.answer_batch(prepared, settings) if prepared else [])
+    share = round((time.monotonic() - started) / max(1, len(prepared)), 3)
+    for request, outcome in zip(requests, outcomes, strict=True):
+        seconds = share if outcome is None else 0.0
+        outcome = outcome or next(replies)
+        if isinstance(outcome, RemoteError) and outcome.stops:
+            yield outcome
+        elif isinstance(outcome, Exception):
+            yield request.head | {"error": one_line(outcome), "seconds": seconds}
+        else:
+            yield request.head | {"prediction": outcome.text, "seconds": seconds}
 
 
-def _encode(request: _Request, loaded: Loaded) -> Encoded:
+def _prepare(request: _Request, backend: Backend) -> Any:
     if request.message is None:
         raise InputError(request.error)
-    return loaded.processor.encode([request.message])
-
-
-def _generate(
-    rows: Sequence[tuple[dict[str, Any], Encoded]], loaded: Loaded, settings: GenerationSettings
-) -> None:
-    """Put a prediction, or why there is none, into the line of every row."""
-    if not rows:
-        return
-    try:
-        answers = generate(loaded, loaded.processor.batch([row for _, row in rows]), settings)
-    except (InputError, ResourceError) as error:
-        reason = _one_line(error)
-    else:
-        for (line, _), answer in zip(rows, answers, strict=True):
-            line["prediction"] = answer.text
-        return
-    # Outside the handler, whose traceback would keep the tensors of the failed try alive.
-    if len(rows) == 1:
-        rows[0][0]["error"] = reason
-        return
-    # One row is too long, or all together are: the halves find out which.
-    middle = len(rows) // 2
-    _generate(rows[:middle], loaded, settings)
-    _generate(rows[middle:], loaded, settings)
+    return backend.prepare([request.message])
 
 
 def _read_requests(path: Path) -> list[_Request]:
@@ -181,7 +172,7 @@ def _read_request(line: str, number: int, path: Path) -> _Request:
     where = f"{path.name}:{number}"
     head: dict[str, Any] = {"id": None, "line": number}
     try:
-        values = _read_object(line, where)
+        values = read_object(line, where)
         name = values.get("id")
         if isinstance(name, bool) or not isinstance(name, (int, str)):
             raise InputError(f"{where}: 'id' is {_json(name)}; give a text or a whole number")
@@ -189,16 +180,6 @@ def _read_request(line: str, number: int, path: Path) -> _Request:
         return _Request(_key(head), head, _message(values, where, path.parent))
     except InputError as error:
         return _Request(_key(head), head, None, str(error))
-
-
-def _read_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: {type(values).__name__} where a JSON object is expected")
-    return values
 
 
 def _message(values: dict[str, Any], where: str, folder: Path) -> Message:
@@ -229,81 +210,6 @@ def _key(head: dict[str, Any]) -> str:
     return json.dumps(head["id"]) if head.get("id") is not None else f"line {head.get('line')}"
 
 
-@contextmanager
-def _open_answers(path: Path, requests: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
-    """The answers file, locked and ready to append to, and the keys it has answers for."""
-    from filelock import FileLock, Timeout
-
-    if path.exists() and path.samefile(requests):
-        raise InputError(f"{path}: the answers would be written into the requests; name another")
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(f"{path}: another run is writing it; wait, or name another") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        with _open(path) as file:
-            yield file, _resume(file, path)
-    finally:
-        lock.release()
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        path.touch()
-        return path.open("r+b")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _resume(file: BinaryIO, path: Path) -> set[str]:
-    """Cut a torn last line; leave ``file`` at its end and return the keys of its lines."""
-    keys: set[str] = set()
-    end = 0
-    for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
-            break
-        end += len(line)
-        if line.strip():
-            keys.add(_answer_key(line, f"{path}:{number}"))
-    file.seek(end)
-    file.truncate()
-    return keys
-
-
-def _answer_key(line: bytes, where: str) -> str:
-    try:
-        values = _read_object(line.decode(), where)
-    except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: not an answer; repair the file or name another") from error
-    if "id" not in values or not ("prediction" in values or "error" in values):
-        raise InputError(f"{where}: not an answer; repair the file or name another")
-    return _key(values)
-
-
-def _append(file: BinaryIO, lines: Iterable[dict[str, Any]]) -> None:
-    """Put lines on the disk before anything else is done."""
-    text = b"".join(map(_dump, lines))
-    try:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise ResourceError(
-            f"{file.name}: cannot be written ({error.strerror}); make room and run it again, it "
-            "goes on where it stopped"
-        ) from error
-
-
-def _dump(line: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair in an id: legal in JSON, not in UTF-8
-        return json.dumps(line).encode() + b"\n"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _answer_key(values: dict[str, Any]) -> str | None:
+    is_answer = "id" in values and ("prediction" in values or "error" in values)
+    return _key(values) if is_answer else None

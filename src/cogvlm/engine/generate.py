@@ -10,7 +10,6 @@ on repetition and cancelling all hook in::
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -20,51 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ..errors import ConfigError, InputError, ResourceError
+from ..errors import InputError, ResourceError
 from ..processor import Batch, Detokenizer, Message
+from ..settings import GenerationSettings
 from .repetition import Repetition
+from .sampling import TokenLogprob
 
 if TYPE_CHECKING:
     from ..load import Loaded
 
-Stop = Literal["end", "length", "repetition", "cancelled"]
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How an answer is chosen and where it ends.
-
-    Raises:
-        ConfigError: a value is out of its range; the field is named.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
-    top_k: int = 0  # sample from so many tokens; 0: all
-    seed: int | None = None  # of sampling; the same seed, batch and machine give the same text
-    repetition_stop: bool = True  # end an answer that repeats itself, and keep one copy
-
-    def __post_init__(self) -> None:
-        _require("max_new_tokens", self.max_new_tokens, int, 1, math.inf)
-        _require("temperature", self.temperature, (int, float), 0.0, 100.0)
-        _require("top_p", self.top_p, (int, float), 0.0, 1.0)
-        _require("top_k", self.top_k, int, 0, math.inf)
-        if self.top_p == 0.0:
-            raise ConfigError("top_p=0 leaves no token; for greedy decoding say temperature=0")
-        if self.seed is not None:
-            _require("seed", self.seed, int, 0, 2**63 - 1)
-        if not isinstance(self.repetition_stop, bool):
-            raise ConfigError(f"repetition_stop={self.repetition_stop!r} is not true or false")
-
-
-def _require(name: str, value: Any, kind: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        wanted = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{name}={value!r} is not {wanted}")
-    if not low <= value <= high:
-        upper = f" to {high:g}" if high < math.inf else " or more"
-        raise ConfigError(f"{name}={value!r} is out of range: give {low:g}{upper}")
+Stop = Literal["end", "length", "repetition", "cancelled", "stop"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +38,19 @@ class Answer:
     Attributes:
         text: The answer, special tokens left out.
         ids: Its tokens, without the one that ends it.
-        stop: ``end`` (the model ended it), ``length`` (the limit did), ``repetition``, or
-            ``cancelled``.
+        stop: ``end`` (the model ended it), ``length`` (the limit did), ``repetition``,
+            ``cancelled``, or ``stop`` (a stop string did).
+        cached_tokens: Tokens of the prompt that an :class:`Engine` had from before.
+        first_token_s: Seconds from the request to its first token; 0 outside an engine.
+        logprobs: Of the tokens, where an engine was asked for them.
     """
 
     text: str
     ids: tuple[int, ...]
     stop: Stop
+    cached_tokens: int = 0
+    first_token_s: float = 0.0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Tap(StoppingCriteria):
@@ -250,11 +220,11 @@ def _single(loaded: Loaded, messages: Sequence[Message]) -> Batch:
 
 
 def _tap(loaded: Loaded, batch: Batch, settings: GenerationSettings) -> Tap:
-    _room(loaded, batch)
-    return Tap(len(batch.input_ids), _end_ids(loaded), settings.repetition_stop)
+    room_left(loaded, batch)
+    return Tap(len(batch.input_ids), end_ids(loaded), settings.repetition_stop)
 
 
-def _end_ids(loaded: Loaded) -> frozenset[int]:
+def end_ids(loaded: Loaded) -> frozenset[int]:
     """Every id that ends an answer: a model may have several."""
     ids = {loaded.processor.tokenizer.eos_id}
     for config in (loaded.model.config, loaded.model.generation_config):
@@ -263,7 +233,7 @@ def _end_ids(loaded: Loaded) -> frozenset[int]:
     return frozenset(i for i in ids if i is not None)
 
 
-def _room(loaded: Loaded, batch: Batch) -> int | None:
+def room_left(loaded: Loaded, batch: Batch) -> int | None:
     """Positions left for the answer, ``None`` if the model states no limit.
 
     Raises:
@@ -290,7 +260,7 @@ def _run(loaded: Loaded, batch: Batch, settings: GenerationSettings, tap: Tap) -
     """Generate; the outcome is in ``tap``."""
     model: Any = loaded.model
     device = model.device
-    room = _room(loaded, batch)
+    room = room_left(loaded, batch)
     config = _transformers_config(loaded, settings, room)
     images = [torch.from_numpy(image).to(device) for image in batch.pixel_values]
     large = [torch.from_numpy(image).to(device) for image in batch.cross_pixel_values or ()]
@@ -312,7 +282,7 @@ def _transformers_config(
 ) -> GenerationConfig:
     """Everything that decides the outcome, so that nothing hidden in a model's files does."""
     tokenizer = loaded.processor.tokenizer
-    end = sorted(_end_ids(loaded))
+    end = sorted(end_ids(loaded))
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else next(iter(end), 0)
     count = settings.max_new_tokens if room is None else min(settings.max_new_tokens, room)
     sample = settings.temperature > 0
@@ -351,12 +321,17 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 def _memory_errors(batch: Batch) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _no_memory(batch) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory_error(error):
             raise
         raise _no_memory(batch) from error
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory; on the CPU, torch has no exception for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _no_memory(batch: Batch) -> ResourceError:

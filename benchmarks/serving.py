@@ -1,0 +1,162 @@
+"""What answering together and remembering gain: the engine on nano, against itself.
+
+* ``together``: tokens a second of 8 conversations at once, over those of one alone.
+* ``second_turn``: seconds to the first token of a first question about a picture, over those of
+  the second question, whose picture and history the engine has from before.
+
+Both sides are the same weights in one process; greedy tokens of both are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+
+from cogvlm.engine import Answer, Engine, Sampling, Ticket
+from cogvlm.load import Loaded, load
+from cogvlm.processor import Encoded, assistant, user
+from common import Goal, commit, interleave, machine, ratio, spread
+
+PICTURES = Path(__file__).parents[1] / "examples"
+ASKED = "Read the text in this picture, please."
+THEN = "And how many words are that?"
+GOALS = {"together": Goal("at_least", 3.0), "second_turn": Goal("at_least", 5.0)}
+
+
+def settings(tokens: int) -> Sampling:
+    """Greedy, and never an end: answers of one length."""
+    return Sampling(tokens, repetition_stop=False, logit_bias={2: -1000.0})
+
+
+def finish(ticket: Ticket) -> Answer:
+    for _ in ticket:
+        pass
+    return ticket.answer
+
+
+def conversations(loaded: Loaded, pictures: list[Path], count: int) -> list[Encoded]:
+    """Different prompts, each with a picture."""
+    return [
+        loaded.processor.encode([user(pictures[i % len(pictures)], f"{ASKED} ({i})")])
+        for i in range(count)
+    ]
+
+
+def measure_together(loaded: Loaded, prompts: list[Encoded], tokens: int, repeats: int) -> Any:
+    """Seconds a token, alone and together; prompts are reused, so that steps are what is timed."""
+    asked = settings(tokens)
+    with Engine(loaded, slots=len(prompts)) as engine:
+
+        def alone(_: int) -> list[Answer]:
+            return [finish(engine.submit(prompts[0], asked))]
+
+        def together(_: int) -> list[Answer]:
+            return [finish(t) for t in [engine.submit(p, asked) for p in prompts]]
+
+        agree = alone(0)[0].ids == together(0)[0].ids
+        before = engine.stats
+        times = interleave({"alone": alone, "together": together}, repeats)
+        after = engine.stats
+    batch = (after.batched_tokens - before.batched_tokens) / (after.steps - before.steps)
+    seconds = {
+        "alone": [t / tokens for t in times["alone"]],
+        "together": [t / tokens / len(prompts) for t in times["together"]],
+    }
+    return seconds, agree, batch
+
+
+def page(pictures: list[Path], first: int) -> Image.Image:
+    """A picture as large as nano reads, full of lines: 256 tokens; every ``first`` another."""
+    whole = Image.new("RGB", (64 * 28, 4 * 28), "white")
+    for i in range(4):
+        line = Image.open(pictures[(first + i) % len(pictures)]).convert("RGB")
+        whole.paste(line.resize((64 * 28, 28)), (0, 28 * i))
+    return whole
+
+
+def measure_turns(loaded: Loaded, pictures: list[Path], repeats: int) -> Any:
+    """Seconds to the first token: of a new picture, and of the turn after."""
+    firsts, seconds, agree = [], [], True
+    asked = settings(8)
+    for number in range(repeats + 1):
+        question = user(page(pictures, number), ASKED)
+        with Engine(loaded) as engine:
+            finish(engine.submit(loaded.processor.encode([user("Hello")]), asked))
+            first = finish(engine.submit(loaded.processor.encode([question]), asked))
+            turns = loaded.processor.encode([question, assistant(first.text), user(THEN)])
+            second = finish(engine.submit(turns, asked))
+        with Engine(loaded, prefix_bytes=0) as engine:
+            agree &= finish(engine.submit(turns, asked)).ids == second.ids
+        if number:  # the first round warms up
+            firsts.append(first.first_token_s)
+            seconds.append(second.first_token_s)
+    counts = {"prompt": len(turns.input_ids), "reused": second.cached_tokens}
+    return {"first_turn": firsts, "second_turn": seconds}, agree, counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--conversations", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="a folder with PNG files")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    transformers.logging.set_verbosity_error()
+    pictures = sorted(given.pictures.rglob("*.png"))
+    if not pictures:
+        parser.error(f"{given.pictures} has no PNG file")
+    about, started = machine(), time.perf_counter()
+    loaded = load(given.model, dtype=given.precision)
+    loading = time.perf_counter() - started
+    prompts = conversations(loaded, pictures, given.conversations)
+    steps, same_steps, batch = measure_together(loaded, prompts, given.tokens, given.repeats)
+    turns, same_turns, counts = measure_turns(loaded, pictures, given.repeats)
+    ratios = {
+        "together": ratio(steps["alone"], steps["together"]),
+        "second_turn": ratio(turns["first_turn"], turns["second_turn"]),
+    }
+    goals = {
+        name: {goal.bound: goal.value, "met": goal.met(ratios[name]["ratio"])}
+        for name, goal in GOALS.items()
+    }
+    found = {
+        "name": "serving",
+        "commit": commit(),
+        "machine": about,
+        "model": given.model,
+        "precision": given.precision,
+        "conversations": given.conversations,
+        "tokens": given.tokens,
+        "prompt_tokens": len(prompts[0].input_ids),
+        "agree": same_steps and same_turns,
+        "milliseconds": {name: spread(t) for name, t in {**steps, **turns}.items()},
+        "tokens_a_second": {name: round(1 / median(t), 1) for name, t in steps.items()},
+        "second_turn_tokens": counts,
+        "mean_batch": round(batch, 2),
+        "load_seconds": round(loading, 1),
+        "ratios": ratios,
+        "ratio_is": "one alone over together, per token; first turn over second",
+        "goals": goals,
+        "ok": same_steps and same_turns and all(goal["met"] for goal in goals.values()),
+    }
+    print(json.dumps(found), flush=True)
+    return 0 if found["agree"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
