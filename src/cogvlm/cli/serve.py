@@ -1,0 +1,116 @@
+"""``cogvlm serve``: a model behind the APIs of OpenAI and Ollama."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ResourceError
+from .shared import (
+    DeviceOption,
+    ModelOption,
+    PickleOption,
+    Precision,
+    PrecisionOption,
+    TokenizerOption,
+    app,
+    load,
+    plain_errors,
+    quiet_libraries,
+)
+
+if TYPE_CHECKING:
+    from ..serve import Settings
+
+_KEYS = "COGVLM_API_KEYS"
+
+
+@app.command()
+@plain_errors
+def serve(
+    model: ModelOption = "nano",
+    tokenizer: TokenizerOption = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
+    slots: Annotated[int, typer.Option(help="Answers under way at once.", min=1)] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.", min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
+    max_images: Annotated[int, typer.Option(help="Pictures of one request.")] = 16,
+    max_pixels: Annotated[int, typer.Option(help="Width x height of a picture.")] = 40_000_000,
+    max_body_mb: Annotated[int, typer.Option(help="Size of a request.")] = 32,
+    max_seconds: Annotated[float, typer.Option(help="Time of a request, waiting included.")] = 600,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help=f"Who has none is refused; or {_KEYS}, with commas.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Origin of web pages that may ask; '*': all.")
+    ] = None,
+    allow_url: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Fetch pictures from there; '*': any public host."),
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds to finish answers at the end.")] = 30.0,
+    precision: PrecisionOption = Precision.auto,
+    device: DeviceOption = "auto",
+    allow_pickle: PickleOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No line for every request.")] = False,
+) -> None:
+    """Serve a model to OpenAI's and Ollama's clients, and to a browser."""
+    quiet_libraries()
+    try:
+        from ..serve import Desk, Limits, Server, Settings, UrlRules, bind, build, facts_of
+    except ImportError as error:
+        raise ResourceError(
+            f"serving needs {error.name}; install it with: pip install 'cogvlm[serve]'"
+        ) from None
+    from ..engine.service import Engine
+
+    limits = Limits(
+        body_bytes=max_body_mb * 2**20,
+        pixels=max_pixels,
+        images=max_images,
+        tokens=max_tokens,
+        seconds=max_seconds,
+        requests=slots + queue,
+    )
+    urls = UrlRules(frozenset(host.lower() for host in allow_url or ()))
+    settings = Settings(limits, urls, _keys(api_key), tuple(cors or ()), grace)
+    _plain_logs(quiet)
+    sock = bind(host, port)
+    loaded = load(model, precision, device, tokenizer, allow_pickle)
+    engine = Engine(loaded, slots=slots, queue=queue)
+    try:
+        desk = Desk(engine, loaded.processor, facts_of(loaded, name), settings)
+        server = Server(build(desk), desk, sock, lambda url: _announce(desk.facts.name, url))
+        _warn_if_open(host, settings)
+        server.run()
+    finally:
+        engine.close()
+
+
+def _keys(given: list[str] | None) -> tuple[str, ...]:
+    there = os.environ.get(_KEYS, "")
+    return (*(given or ()), *(key.strip() for key in there.split(",") if key.strip()))
+
+
+def _plain_logs(quiet: bool) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("cogvlm.serve").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _announce(name: str, url: str) -> None:
+    typer.echo(f"{name} is ready at {url}  (OpenAI: {url}/v1, Ollama: {url}; Ctrl-C stops)")
+
+
+def _warn_if_open(host: str, settings: Settings) -> None:
+    if host not in ("127.0.0.1", "::1", "localhost") and not settings.api_keys:
+        logging.getLogger("cogvlm.serve").warning(
+            "anybody who reaches %s may ask: there is no --api-key", host
+        )
