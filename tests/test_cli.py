@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             seen.update(allow_pickle=True)
         if tokenizer is not None:
             seen.update(tokenizer=tokenizer)
-        return scripted("It says: 你好.", "Second row.")
+        return replace(scripted("It says: 你好.", "Second row."), name=name)
 
     monkeypatch.setattr(cogvlm.load, "load", load)
     return seen
@@ -232,19 +233,22 @@ def test_doctor_says_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("devices", "where"),
     [
-        ([doctor.Device("cpu", "cpu", 1.0)], [None, None, None]),
-        ([doctor.Device("cpu", "cpu", None)], [None, None, None]),
-        ([doctor.Device("cpu", "cpu", 64.0)], ["cpu", "cpu", "cpu"]),
-        ([doctor.Device("mps", "mps", 64.0)], ["mps", "mps", None]),
+        ([doctor.Device("cpu", "cpu", 0.1)], [None, None]),
+        ([doctor.Device("cpu", "cpu", None)], [None, None]),
+        ([doctor.Device("cpu", "cpu", 99.0)], ["float32 cpu", "float32 cpu"]),
+        # What is free counts, not what there is.
+        ([doctor.Device("cpu", "cpu", 99.0, free_gb=20.0)], ["float32 cpu", "int4 cpu"]),
+        ([doctor.Device("mps", "mps", 16.0)], ["bfloat16 mps", None]),
         (
             [doctor.Device("cuda:0", "cuda", 24.0), doctor.Device("cpu", "cpu", 64.0)],
-            ["cuda:0", "cpu", "cuda:0"],
+            ["bfloat16 cuda:0", "int8 cuda:0"],
         ),
         (
-            [doctor.Device("cuda:0", "cuda", 80.0), doctor.Device("cpu", "cpu", 8.0)],
-            ["cuda:0"] * 3,
+            [doctor.Device("cuda:0", "cuda", 8.0), doctor.Device("cpu", "cpu", 64.0)],
+            ["bfloat16 cuda:0", "bfloat16 cpu"],
         ),
     ],
 )
 def test_doctor_says_what_would_run(devices: list[doctor.Device], where: list[str | None]) -> None:
-    assert [fit.device for fit in doctor.fits(devices)] == where
+    found = [f"{fit.precision} {fit.device}" if fit.device else None for fit in doctor.fits(devices)]
+    assert found == where

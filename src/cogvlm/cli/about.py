@@ -36,13 +36,12 @@ def models(
     from ..memory import table
 
     chosen = [find(name) for name in names] if names else list(CHECKPOINTS)
-    devices = [(d.name, d.memory_gb) for d in find_devices()]
-    rows = table(chosen, devices)
+    rows = table(chosen, find_devices())
     typer.echo(json.dumps(rows, ensure_ascii=False) if as_json else _models_text(rows))
 
 
 def _models_text(rows: list[dict[str, Any]]) -> str:
-    formats = ("bfloat16", "int8", "int4")
+    formats = ("bfloat16", "int8", "int4", "int4-all")
     head = " ".join(f"{name:>8}" for name in formats)
     lines = [f"{'model (THUDM/, zai-org/)':36} {'licence':22} {head}  here"]
     for row in rows:
@@ -58,6 +57,7 @@ def _models_text(rows: list[dict[str, Any]]) -> str:
         [
             *lines,
             "GB: weights, one picture and 2,048 tokens; int8 and int4 need the extra 'quant'.",
+            "here: what --precision auto takes, by the memory that is free now.",
             *sorted(terms),
             "Terms change: what the model's page says decides.",
         ]
@@ -69,11 +69,12 @@ def _doctor_text(found: dict[str, Any]) -> str:
     for device in found["devices"]:
         memory = device["memory_gb"]
         size = f"{memory:.0f} GB" if memory is not None else "memory unknown"
-        runs = ", ".join(filter(None, [f"runs in {device['precision']}", device["advice"]]))
-        lines.append(f"{'device':16} {device['name']}, {size}, {runs}")
+        free = f"{device['free_gb']:.1f} GB free" if device["free_gb"] is not None else ""
+        said = ", ".join(filter(None, [device["name"], size, free, device["advice"]]))
+        lines.append(f"{'device':16} {said}")
     for fit in found["models"]:
         where = f"yes, on {fit['device']}" if fit["device"] else "no"
-        needs = f"about {fit['needs_gb']:.0f} GB"
+        needs = f"about {fit['needs_gb']:.1f} GB"
         lines.append(f"{fit['model']:16} {fit['precision']} ({needs}): {where}; {fit['how']}")
     language = found["language_model"] or "not here yet: fetched at the first use of nano (93 MB)"
     return "\n".join(

@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from .backends import BaseUrlOption, KeyOption, SideOption, opened
 from .shared import (
+    AdapterOption,
     DeviceOption,
     JsonOption,
     ModelOption,
@@ -26,7 +28,6 @@ from .shared import (
     TopKOption,
     TopPOption,
     app,
-    load,
     plain_errors,
     quiet_libraries,
 )
@@ -35,6 +36,7 @@ from .shared import (
 @app.command()
 @plain_errors
 def ask(
+    context: typer.Context,
     images: Annotated[
         list[str] | None,
         typer.Argument(metavar="IMAGE", help="Pictures, in order; or a video, by its suffix."),
@@ -43,6 +45,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="The last argument.")],
     model: ModelOption = "nano",
     tokenizer: TokenizerOption = None,
+    adapter: AdapterOption = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
@@ -53,15 +56,18 @@ def ask(
     device: DeviceOption = "auto",
     allow_pickle: PickleOption = False,
     repetition_stop: RepetitionOption = True,
+    base_url: BaseUrlOption = None,
+    api_key_env: KeyOption = "OPENAI_API_KEY",
+    max_side: SideOption = 2048,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question about pictures (or about none), or about a video."""
     images = images or []
     _check_question(question)
     quiet_libraries()
-    from ..engine import GenerationSettings, stream
     from ..processor import system as system_message
     from ..processor import user
+    from ..settings import GenerationSettings
 
     settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed, repetition_stop)
     for image in images:
@@ -69,27 +75,27 @@ def ask(
             raise InputError(f"{image}: no such picture; all arguments but the last are pictures")
     messages = [system_message(system)] if system is not None else []
     messages.append(user(*map(Path, images), question))
-    loaded = load(model, precision, device, tokenizer, allow_pickle)
-    started = time.monotonic()
-    pieces = stream(loaded, messages, settings)
-    for piece in pieces:
+    chosen = (model, precision, device, tokenizer, allow_pickle, base_url, api_key_env, max_side)
+    with opened(context, *chosen, adapter) as backend:
+        started = time.monotonic()
+        pieces = backend.stream(messages, settings)
+        for piece in pieces:
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
         if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    if as_json:
-        answer = pieces.answer
+            sys.stdout.write("\n")
+            return
         values = {
-            "answer": answer.text,
-            "model": model,
+            "answer": pieces.reply.text,
+            "model": backend.name,
             "images": images,
             "question": question,
-            "tokens": len(answer.ids),
-            "stop": answer.stop,
+            "tokens": pieces.reply.tokens,
+            "stop": pieces.reply.stop,
             "seconds": round(time.monotonic() - started, 3),
         }
         typer.echo(json.dumps(values, ensure_ascii=False))
-    else:
-        sys.stdout.write("\n")
 
 
 def _check_question(question: str) -> None:

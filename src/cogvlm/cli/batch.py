@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from .backends import BaseUrlOption, KeyOption, SideOption, opened
 from .shared import (
+    AdapterOption,
     DeviceOption,
     ModelOption,
     PickleOption,
@@ -33,6 +35,7 @@ from .shared import (
 @app.command()
 @plain_errors
 def run(
+    context: typer.Context,
     requests: Annotated[
         Path,
         typer.Argument(help='JSON lines: {"id", "image", "images" or "video", "question"}.'),
@@ -40,6 +43,7 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines, appended to.")],
     model: ModelOption = "nano",
     tokenizer: TokenizerOption = None,
+    adapter: AdapterOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 8,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
@@ -50,6 +54,9 @@ def run(
     device: DeviceOption = "auto",
     allow_pickle: PickleOption = False,
     repetition_stop: RepetitionOption = True,
+    base_url: BaseUrlOption = None,
+    api_key_env: KeyOption = "OPENAI_API_KEY",
+    max_side: SideOption = 2048,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON summary at the end.")] = False,
 ) -> None:
     """Answer a file of questions; run it again to go on where it was stopped."""
@@ -59,9 +66,9 @@ def run(
     settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed, repetition_stop)
     if not requests.is_file():
         raise InputError(f"{requests}: no such file")
-    loaded = load(model, precision, device, tokenizer, allow_pickle)
-    with progress("answering") as show:
-        summary = run_file(requests, output, loaded, settings, batch_size, show)
+    chosen = (model, precision, device, tokenizer, allow_pickle, base_url, api_key_env, max_side)
+    with opened(context, *chosen, adapter) as backend, progress("answering") as show:
+        summary = run_file(requests, output, backend, settings, batch_size, show)
     if as_json:
         from dataclasses import asdict
 

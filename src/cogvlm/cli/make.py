@@ -1,4 +1,4 @@
-"""``cogvlm train``, ``render`` and ``quantize``: commands that write models and data."""
+"""``cogvlm train``, ``merge``, ``render`` and ``quantize``: commands that write models and data."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ def train(
 
     folder = run_recipe(recipe, changes or [], out, resume)
     typer.echo(str(folder))
+
+
+@app.command()
+@plain_errors
+def merge(
+    model: Annotated[str, typer.Argument(help="'nano', a folder, or a hub name 'owner/name'.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a finished run of 'train'.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Write a model again with what was tuned on it in its weights."""
+    quiet_libraries()
+    from ..train.merge import merge as merge_folders
+
+    typer.echo(str(merge_folders(model, adapter, out)))
 
 
 @app.command()

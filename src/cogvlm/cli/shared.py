@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -34,6 +35,8 @@ class Precision(str, Enum):
     float16 = "float16"
     int8 = "int8"
     int4 = "int4"
+    int4_all = "int4-all"
+    nf4 = "nf4"
 
 
 class Stored(str, Enum):
@@ -41,6 +44,7 @@ class Stored(str, Enum):
 
     int8 = "int8"
     int4 = "int4"
+    int4_all = "int4-all"
 
 
 ModelOption = Annotated[
@@ -59,6 +63,9 @@ PrecisionOption = Annotated[Precision, typer.Option(help="Number format of the w
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 PickleOption = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickled weights too, tensors only.")
+]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="Folder of what was tuned on the model (cogvlm train).")
 ]
 RepetitionOption = Annotated[
     bool, typer.Option("--repetition-stop/--no-repetition-stop", help="End a repeating answer.")
@@ -101,17 +108,24 @@ def _root(
 
 
 def load(
-    model: str, precision: Precision, device: str, tokenizer: str | None, allow_pickle: bool
+    model: str,
+    precision: Precision,
+    device: str,
+    tokenizer: str | None,
+    allow_pickle: bool,
+    adapter: Path | None = None,
 ) -> Loaded:
     """The model and its processor, as the options say."""
     from ..load import load as load_files
 
+    more: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
     return load_files(
         model,
         dtype=precision.value,
         device=device,
         tokenizer=tokenizer,
         allow_pickle=allow_pickle,
+        **more,
     )
 
 
