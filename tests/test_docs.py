@@ -38,7 +38,12 @@ def test_commands_exist_with_their_options(path: Path) -> None:
             continue
         name, rest = found.groups()
         assert name in commands, line
-        known = {option for p in commands[name].params for option in (*p.opts, *p.secondary_opts)}
+        command = commands[name]
+        if hasattr(command, "commands"):
+            name, _, rest = rest.strip().partition(" ")
+            assert name in command.commands, line
+            command = command.commands[name]
+        known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
         words = re.sub(r'"[^"]*"', "", rest.split(" #")[0]).split()
         assert {w.split("=")[0] for w in words if w.startswith("-")} <= known | {"--help"}, line
 

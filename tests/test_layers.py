@@ -16,21 +16,25 @@ SOURCE = Path(__file__).parents[1] / "src" / "cogvlm"
 # other.
 PLAN = """
 errors score
+settings journal
 config fetch convert
 hub catalog
 models processor
-quantize
-load
-engine memory
+packed linear
+quantize backend devices
+memory adapter
+load remote
+engine
 data
-serve train eval export
+serve train eval export caption chat
 doctor
 cli __init__
 """
 LEVEL = {part: i for i, line in enumerate(PLAN.strip().splitlines()) for part in line.split()}
 # No torch until a function needs it.
 TORCHLESS = set(
-    "__init__ catalog cli convert doctor errors fetch hub processor data".split()  # noqa: SIM905
+    """__init__ backend caption catalog chat cli convert data devices doctor errors fetch hub journal
+    processor remote settings""".split()  # noqa: SIM905
 )
 
 

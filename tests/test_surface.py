@@ -15,22 +15,36 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = """
 Answer CheckpointError CogVLMConfig CogVLMError CogVLMForCausalLM ConfigError DownloadError
-GenerationSettings Image ImageError InputError Loaded Message MessageError Processor ResourceError
+GenerationSettings Image ImageError InputError Loaded Message MessageError Processor RemoteError ResourceError
 Text Video VisionConfig __version__ assistant complete open_model preset run_file stream system user
 """.split()  # noqa: SIM905
 
 OPTIONS = {
-    "ask": """images question --model --tokenizer --system --max-new-tokens --temperature
+    "ask": """images question --model --tokenizer --adapter --system --max-new-tokens --temperature
         --top-p --top-k --seed --precision --device --allow-pickle
-        --repetition-stop --json""",
-    "run": """requests --output --model --tokenizer --batch-size --max-new-tokens --temperature
+        --repetition-stop --base-url --api-key-env --max-side --json""",
+    "chat": """images --system --load --model --tokenizer --max-new-tokens --temperature --top-p
+        --top-k --seed --precision --device --allow-pickle --repetition-stop --base-url
+        --api-key-env --max-side""",
+    "caption": """folder --output --format --prompt --prompt-file --tags-suffix --prefix --suffix
+        --recursive --overwrite --shard-size --batch-size --processes --device --strict --model
+        --tokenizer --max-new-tokens --temperature --top-p --top-k --seed --precision
+        --allow-pickle --repetition-stop --base-url --api-key-env --max-side --json""",
+    "run": """requests --output --model --tokenizer --adapter --batch-size --max-new-tokens --temperature
         --top-p --top-k --seed --precision --device --allow-pickle
-        --repetition-stop --json""",
+        --repetition-stop --base-url --api-key-env --max-side --json""",
     "train": "recipe --set --out --resume",
+    "merge": "model adapter out",
     "eval": """requests --output --model --tokenizer --batch-size --max-new-tokens --precision
         --device --allow-pickle""",
     "render": "folder --count --seed --held-out --min-chars --max-chars --strength",
     "quantize": "model out --precision",
+    "data check": """paths --format --images --question --allow-outside --decode --tokens
+        --max-tokens --model --tokenizer --json""",
+    "data show": """path --count --seed --format --images --question --allow-outside --json""",
+    "serve": """--model --tokenizer --name --host --port --slots --queue --max-tokens --max-images
+        --max-pixels --max-body-mb --max-seconds --api-key --cors --allow-url --grace --precision
+        --device --allow-pickle --quiet""",
     "models": "names --json",
     "doctor": "--json",
 }
@@ -62,10 +76,14 @@ def test_what_type_checkers_see_is_what_there_is() -> None:
 
 
 def test_the_commands_and_options_are_frozen() -> None:
-    group = get_command(app)
+    leaves = {
+        f"{name} {sub}".strip(): command
+        for name, group in get_command(app).commands.items()
+        for sub, command in getattr(group, "commands", {"": group}).items()
+    }
     found = {
         name: [p.opts[0] if p.opts[0].startswith("--") else p.name for p in command.params]
-        for name, command in group.commands.items()
+        for name, command in leaves.items()
     }
     assert found == {name: options.split() for name, options in OPTIONS.items()}
 
