@@ -63,6 +63,7 @@ _NANO: dict[str, Any] = {
         "max_rows": 4,
         "max_cols": 64,
         "num_positions": 257,
+        "adapter_merge": (4, 1),  # a token is a column of a line of print, about one character
         "adapter_intermediate_size": 2048,
     },
 }
