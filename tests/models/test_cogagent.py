@@ -18,6 +18,7 @@ from cogvlm.config import CogAgentConfig, CogVLMConfig, recognise
 from cogvlm.engine import GenerationSettings, complete
 from cogvlm.errors import ConfigError, InputError, MessageError
 from cogvlm.load import load, load_model, skeleton
+from cogvlm.models import spread
 from cogvlm.models.cogagent import CogAgentForCausalLM
 from cogvlm.models.cogvlm import CogVLMForCausalLM
 from cogvlm.models.eva_large import grid_rotary
@@ -356,3 +357,50 @@ def test_rotary_tables_are_the_recorded_ones() -> None:
     ):
         recorded = stored[f"model.cross_vision.vit.model.rope.freqs_{name}"]
         torch.testing.assert_close(table, recorded, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"": "cpu", "model.cross_vision": "disk", "model.vision.transformer": "disk"},
+        {"": "disk"},
+        {"": "cpu", "model.layers.1": "disk", "model.vision.boi": "disk", "lm_head": "disk"},
+        {"": "cpu", "model.embed_tokens": "disk", "model.vision": "disk", "model.norm": "disk"},
+        {"": "cpu", "model.vision.pos_embed": "disk", "model.vision.transformer.layers.1": "disk"},
+    ],
+    ids=["encoders", "all", "layer", "ends", "one tower layer"],
+)
+def test_parts_on_disk_give_the_same_answer(tmp_path: Path, device_map: dict[str, Any]) -> None:
+    toy().save_pretrained(tmp_path, max_shard_size="100KB")
+    whole = load_model(tmp_path, "float32", "cpu")
+    model = load_model(tmp_path, "float32", device_map=device_map)
+    meta = {name for name, p in model.named_parameters() if p.is_meta}
+    assert meta
+    for prompt in (seen(whole, 2, image(1), 3), seen(whole, 4)):  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            model(**prompt).logits, whole(**prompt).logits, rtol=0, atol=1e-5
+        )
+        assert torch.equal(model.generate(**prompt, **GREEDY), whole.generate(**prompt, **GREEDY))
+    assert {name for name, p in model.named_parameters() if p.is_meta} == meta
+
+
+def test_the_large_encoder_is_never_cut_and_layers_are_whole() -> None:
+    from accelerate import infer_auto_device_map
+
+    model = skeleton(recognise(TOY, "here"))
+    total = sum(p.nbytes for p in model.parameters())
+    for share in (0.3, 0.6, 0.9):
+        room = {0: int(share * total), 1: total, "cpu": total}
+        made = infer_auto_device_map(model, room, no_split_module_classes=spread._uncut(model))
+        place = spread.placing(model, spread._expand(model, made, ""))
+        assert {place(name) for name in model.state_dict()} == {0, 1}
+        assert (
+            len({place(n) for n in model.state_dict() if n.startswith("model.cross_vision")}) == 1
+        )
+        for name in model.state_dict():
+            if name.startswith("model.layers."):
+                first = ".".join(name.split(".")[:3]) + ".input_layernorm.weight"
+                assert place(name) == place(first)
+    with pytest.raises(ConfigError, match=r"cuts model.cross_vision \(CrossVisionModel\)"):
+        spread.plan(model, {"": "cpu", "model.cross_vision.vit": "disk"}, torch.float32)

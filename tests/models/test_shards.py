@@ -179,7 +179,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         lambda f: single(f, reshape),
         r"1 tensors of another shape: lm_head.weight is \(319, 64\) in the file, \(320, 64\) by",
     ),
-    "quantised": (lambda f: single(f, quantise), r"stored quantised .* without '-int4'"),
+    "quantised": (lambda f: single(f, quantise), r"stored quantised .* with its quantization_c"),
     "twice": (
         lambda f: [shutil.copy(first(f), f / "b.safetensors"), index_both(f)],
         r"is in two files, \S+ and \S+; keep",

@@ -28,14 +28,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..config import CogVLMConfig
 from ..config.cogagent import CogAgentConfig
 from ..errors import InputError
 from .cogvlm import CogVLMForCausalLM, CogVLMModel, Images
 from .eva_large import CrossVisionModel
+from .half import saturated
 from .language import DecoderLayer, RMSNorm, Step
 from .positions import Grid, Route
 from .vision import VisionModel
@@ -97,7 +96,7 @@ class CrossAttention(nn.Module):
         out = mixed.transpose(1, 2).flatten(2)  # [R, L, H c]
         if rows is not None:
             out = torch.zeros_like(query).index_copy(0, rows, out)
-        return self.dense(route.split(out))  # type: ignore[no-any-return]
+        return saturated(self.dense(route.split(out)))
 
 
 class CogAgentLayer(DecoderLayer):
@@ -109,18 +108,13 @@ class CogAgentLayer(DecoderLayer):
         self.cross_attn = CrossAttention(config, layer)
         self.post_cross_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, step: Step, last: bool = False) -> Tensor:
-        """Grouped ``float[T, D]`` -> the same shape; ``float[B, D]`` of ``last`` tokens alone."""
+    def between(self, x: Tensor, step: Step, route: Route) -> Tensor:
+        """Add what the tokens ``float[T, D]`` read of the large picture, if there is one."""
         assert isinstance(step, CrossStep)
-        mixed = self.self_attn(self.input_layernorm(x), step, last)
-        route = step.route
-        if last:
-            x, route = route.join(x)[:, -1], Route.text(route.batch, 1)
-        x = x + mixed
-        if step.cross is not None:
-            normed = self.post_cross_attention_layernorm(x)
-            x = x + self.cross_attn(normed, route, step.cross)
-        return x + self.mlp(self.post_attention_layernorm(x), route)  # type: ignore[no-any-return]
+        if step.cross is None:
+            return x
+        normed = self.post_cross_attention_layernorm(x)
+        return x + self.cross_attn(normed, route, step.cross)  # type: ignore[no-any-return]
 
 
 class CogAgentVisionModel(VisionModel):
@@ -212,67 +206,27 @@ class CogAgentModel(CogVLMModel):
 
 
 class CogAgentForCausalLM(CogVLMForCausalLM):
-    """CogAgent with its head: logits, loss, ``generate``."""
+    """CogAgent with its head: logits, loss, ``generate``.
+
+    ``forward`` takes ``cross_pixel_values``, as :class:`CogAgentModel`, besides the arguments of
+    :class:`CogVLMForCausalLM`.
+    """
 
     config_class = CogAgentConfig  # type: ignore[assignment]
     config: CogAgentConfig
     _no_split_modules = CogAgentModel._no_split_modules
     model_class = CogAgentModel
+    image_inputs = ("pixel_values", "cross_pixel_values")
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        pixel_values: Images = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
-        num_items_in_batch: int | Tensor | None = None,
-        cross_pixel_values: Images = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As :class:`CogVLMForCausalLM`, with the large pictures.
+    def prepare_inputs_for_generation(
+        self, *args: Any, cross_pixel_values: Images = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Leave out the large pictures where transformers leaves out the small ones.
 
-        Args:
-            cross_pixel_values: as :class:`CogAgentModel`.
+        They are named because ``generate`` reads from here, too, what a model takes.
         """
-        # Spelled out because ``generate`` reads the names of what a model takes from here.
-        return super().forward(
-            input_ids,
-            token_type_ids,
-            attention_mask,
-            position_ids,
-            pixel_values,
-            inputs_embeds,
-            past_key_values,
-            labels,
-            use_cache,
-            output_hidden_states,
-            logits_to_keep,
-            num_items_in_batch,
-            cross_pixel_values=cross_pixel_values,
-            **kwargs,
-        )
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Leave out the large pictures where transformers leaves out the small ones."""
-        if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
-            kwargs.pop("cross_pixel_values", None)
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         inputs: dict[str, Any] = prepare(*args, **kwargs)
+        if kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True):
+            inputs["cross_pixel_values"] = cross_pixel_values
         return inputs
-
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self, expand_size: int = 1, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        if expand_size > 1 and kwargs.get("cross_pixel_values") is not None:
-            raise InputError(
-                "several sequences a prompt (num_beams, num_return_sequences) are not supported "
-                "with images; repeat the prompt in the batch instead"
-            )
-        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..config import CogVLMConfig
 from ..errors import InputError
 from . import positions
+from .half import saturated, widened
 from .language import (
     DecoderLayer,
     RMSNorm,
@@ -37,6 +38,28 @@ from .positions import Route
 from .vision import VisionModel
 
 Images = Tensor | list[Tensor] | None
+
+# How layers are cut over processes, in transformers' words; see parallel.py.  A fused
+# query_key_value is gathered, since a plain cut through it is no cut between heads.
+VISION_CUTS = {
+    "vision.transformer.layers.*.mlp.fc1": "colwise",
+    "vision.transformer.layers.*.mlp.fc2": "rowwise",
+    "vision.linear_proj.gate_proj": "colwise",
+    "vision.linear_proj.dense_h_to_4h": "colwise",
+    "vision.linear_proj.dense_4h_to_h": "rowwise",
+}
+_LAYER_CUTS = {
+    "self_attn.language_expert_query_key_value": "colwise_gather_output",
+    "self_attn.vision_expert_query_key_value": "colwise_gather_output",
+    "self_attn.language_expert_dense": "rowwise_split_input",
+    "self_attn.vision_expert_dense": "rowwise_split_input",
+    "mlp.language_mlp.gate_proj": "colwise",
+    "mlp.language_mlp.up_proj": "colwise",
+    "mlp.language_mlp.down_proj": "rowwise",
+    "mlp.vision_mlp.gate_proj": "colwise",
+    "mlp.vision_mlp.up_proj": "colwise",
+    "mlp.vision_mlp.down_proj": "rowwise",
+}
 
 
 class CogVLMPreTrainedModel(PreTrainedModel):
@@ -89,6 +112,8 @@ class CogVLMModel(CogVLMPreTrainedModel):
 
     layer_class: type[DecoderLayer] = DecoderLayer  # a family may have its own
     vision_class: type[VisionModel] = VisionModel
+    _tp_plan = {f"layers.*.{name}": style for name, style in _LAYER_CUTS.items()} | VISION_CUTS
+    last_state_normed = True  # the last of all hidden states is the one after the final norm
 
     def __init__(self, config: CogVLMConfig) -> None:
         super().__init__(config)
@@ -121,7 +146,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
             )
         assert types is not None
         place = (types == 1).to(embeds.device)[..., None]
-        return embeds.masked_scatter(place, features.to(embeds))
+        return embeds.masked_scatter(place, saturated(features.to(embeds)))
 
     def token_grids(self, images: Images) -> list[positions.Grid]:
         """Rows and columns of tokens of every image."""
@@ -214,6 +239,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         kernel_mask = self.attention_mask(inputs_embeds, types, attention_mask, past_key_values)
         step = Step(route, cos, sin, kernel_mask, past_key_values)
         step = self.extend_step(step, types, extra)
+        inputs_embeds = widened(inputs_embeds)
         if last_only and not output_hidden_states and can_attend_alone(kernel_mask):
             return self.decode_last(inputs_embeds, step)
         out = self.decode(inputs_embeds, step, bool(output_hidden_states))
@@ -247,7 +273,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
             if all_states:
                 states.append(step.route.join(x))
         last = step.route.join(self.norm(x))
-        if all_states:
+        if all_states and self.last_state_normed:
             states[-1] = last
         return BaseModelOutputWithPast(
             last_hidden_state=last,
@@ -260,7 +286,9 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
     """CogVLM2 with its head: logits, loss, ``generate``."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     model_class: type[CogVLMModel] = CogVLMModel
+    image_inputs: tuple[str, ...] = ("pixel_values",)  # arguments of forward that hold pictures
 
     def __init__(self, config: CogVLMConfig) -> None:
         super().__init__(config)
@@ -357,7 +385,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        if expand_size > 1 and kwargs.get("pixel_values") is not None:
+        if expand_size > 1 and any(kwargs.get(name) is not None for name in self.image_inputs):
             raise InputError(
                 "several sequences a prompt (num_beams, num_return_sequences) are not supported "
                 "with images; repeat the prompt in the batch instead"

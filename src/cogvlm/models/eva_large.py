@@ -21,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.cogagent import CrossVisionConfig
 from ..errors import InputError
+from .half import saturated, shrunk
+from .parts import Conv
 
 
 def grid_rotary(side: int, head_width: int, span: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +109,12 @@ class EvaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``float[..., W]`` -> the same shape."""
-        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))  # type: ignore[no-any-return]
+        gate, up = self.w1(x), self.w2(x)
+        if gate.dtype is torch.float16:  # the norm behind takes the scale out again
+            inner, _ = shrunk(F.silu(saturated(gate).float()) * saturated(up).float())
+        else:
+            inner = F.silu(gate) * up
+        return self.w3(self.ffn_ln(inner))  # type: ignore[no-any-return]
 
 
 class EvaBlock(GradientCheckpointingLayer):
@@ -132,7 +139,7 @@ class PatchProjection(nn.Module):
     def __init__(self, config: CrossVisionConfig) -> None:
         super().__init__()
         patch = config.patch_size
-        self.proj = nn.Conv2d(3, config.width, kernel_size=patch, stride=patch)
+        self.proj = Conv(3, config.width, kernel_size=patch, stride=patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``float[N, 3, S, S]`` -> ``float[N, P, W]``."""

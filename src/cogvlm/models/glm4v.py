@@ -32,16 +32,22 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import Glm4vConfig
 from ..errors import InputError
-from .cogvlm import CogVLMForCausalLM, CogVLMModel, Images
-from .language import RMSNorm, RotaryEmbedding, Step, eager_attention, inverse_frequencies
+from .cogvlm import VISION_CUTS, CogVLMForCausalLM, CogVLMModel, Images
+from .half import gated, saturated
+from .language import RMSNorm, RotaryEmbedding, Step, attend, inverse_frequencies
+from .parts import Conv
 from .vision import GLU, VisionModel
 
 ROPE_BASE = 10000.0
+_LAYER_CUTS = {  # gate and up projection are one matrix, so what it gives is gathered too
+    "self_attention.query_key_value": "colwise_gather_output",
+    "self_attention.dense": "rowwise_split_input",
+    "mlp.dense_h_to_4h": "colwise_gather_output",
+    "mlp.dense_4h_to_h": "rowwise_split_input",
+}
 
 
 def block_positions(types: Tensor, mask: Tensor | None, block: int) -> Tensor:
@@ -145,24 +151,13 @@ class Glm4vAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, last: bool = False) -> Tensor:
         """``float[B * L, D]`` -> the same shape; ``float[B, D]`` of ``last`` tokens alone."""
-        qkv = step.route.join(self.query_key_value(x))  # [B, L, (H + 2 K) d]
+        qkv = saturated(step.route.join(self.query_key_value(x)))  # [B, L, (H + 2 K) d]
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 K, L, d]
         turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         turned = rotate_pairs(turned, step.cos, step.sin)
         query, key = turned.split((self.heads, self.kv_heads), dim=1)
-        if step.cache is not None:
-            key, value = step.cache.update(key, value, self.layer_idx)
-        mask = step.mask
-        if last:
-            query = query[:, :, -1:]
-            mask = mask[..., -1:, :] if mask is not None and mask.ndim == 4 else mask
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        mixed, _ = attend(
-            self, query, key, value, mask, dropout=0.0, scaling=self.scaling
-        )  # [B, L, H, d]
-        return self.dense(mixed.flatten(2).flatten(0, 1))  # type: ignore[no-any-return]
+        mixed, route = attend(self, query, key, value, step, last)
+        return saturated(self.dense(route.split(mixed)))
 
 
 class Glm4vMLP(nn.Module):
@@ -176,7 +171,7 @@ class Glm4vMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``float[..., D]`` -> the same shape."""
         gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return gated(F.silu, gate, up, self.dense_4h_to_h)
 
 
 class Glm4vLayer(GradientCheckpointingLayer):
@@ -209,15 +204,9 @@ class Glm4vVision(VisionModel):
         super().__init__(config)  # type: ignore[arg-type]
         width, dim = config.vision.hidden_size, config.hidden_size
         inner = config.vision.adapter_intermediate_size or config.ffn_hidden_size
-        self.conv = nn.Conv2d(width, dim, kernel_size=2, stride=2)
+        self.conv = Conv(width, dim, kernel_size=2, stride=2)
         self.linear_proj = GLU(dim, dim, inner)
         self.scaling_factor = config.vision.scaling_factor
-
-    def adapt(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tower output ``float[N, P, C]`` -> ``float[N, T, D]``, row-major, not yet scaled."""
-        n, _, width = patches.shape
-        square = patches.transpose(1, 2).reshape(n, width, *grid)
-        return self.linear_proj(self.conv(square).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``float[N, 3, H, W]``, all of one size -> ``float[N, T + 2, D]``."""
@@ -252,6 +241,13 @@ class Glm4vModel(CogVLMModel):
     config: Glm4vConfig  # type: ignore[assignment]
     base_model_prefix = "transformer"
     _no_split_modules = ["Glm4vLayer", "VisionLayer"]  # noqa: RUF012
+    _tp_plan = {  # noqa: RUF012
+        **{f"encoder.layers.*.{name}": style for name, style in _LAYER_CUTS.items()},
+        **VISION_CUTS,
+        "embedding.word_embeddings": "embedding_rowwise",
+        "output_layer": "colwise_gather_output",
+    }
+    last_state_normed = False
 
     def __init__(self, config: Glm4vConfig) -> None:
         # Nothing that CogVLMModel builds is wanted, only what it does with its parts.
@@ -303,20 +299,6 @@ class Glm4vModel(CogVLMModel):
         padding = (mask[:, -embeds.shape[1] :] == 0).to(made.device)[:, None, :, None]
         return made | padding if made.dtype is torch.bool else made.masked_fill(padding, 0.0)
 
-    def decode(self, embeds: Tensor, step: Step, all_states: bool) -> BaseModelOutputWithPast:
-        """Run the decoder over ``float[B, L, D]``; the last state is the one before the norm."""
-        x = step.route.split(embeds)
-        states = [embeds]
-        for layer in self.layers:
-            x = layer(x, step)
-            if all_states:
-                states.append(step.route.join(x))
-        return BaseModelOutputWithPast(
-            last_hidden_state=step.route.join(self.norm(x)),
-            past_key_values=step.cache,
-            hidden_states=tuple(states) if all_states else None,
-        )
-
 
 class Glm4vForCausalLM(CogVLMForCausalLM):
     """GLM-4V with its head: logits, loss, ``generate``; arguments as :class:`CogVLMForCausalLM`.
@@ -331,6 +313,7 @@ class Glm4vForCausalLM(CogVLMForCausalLM):
     _tied_weights_keys = {  # noqa: RUF012
         "transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"
     }
+    _tp_plan = {}  # noqa: RUF012 - the head is in the model
 
     def __init__(self, config: Glm4vConfig) -> None:
         super(CogVLMForCausalLM, self).__init__(config)

@@ -12,6 +12,7 @@ the released ones).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import CogVLMConfig
+from .half import gated, saturated, widened
+from .parts import in_parts
 from .positions import Route
 
 
@@ -38,7 +41,9 @@ class RMSNorm(nn.Module):
         """``float[..., D]`` -> the same shape and dtype."""
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * y).to(x.dtype)
+        # Under float16 weights the residual is float32, and what is normed is float16 again.
+        half = self.weight.dtype is torch.float16
+        return (self.weight.float() * y).to(torch.float16 if half else x.dtype)
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
@@ -141,16 +146,45 @@ class Step:
 
 
 def eager_attention(
-    module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
     """Attention in plain products, softmax in float32; returns ``[B, L, H, d]``."""
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query * module.scaling) @ key.transpose(-1, -2)
+    scores = widened(query * module.scaling) @ widened(key).transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), None
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, step: Step, last: bool
+) -> tuple[Tensor, Route]:
+    """Attention by the configured kernel, over what the cache holds too, which is extended.
+
+    Args:
+        module: the attention layer, of any family.
+        query: ``float[B, H, L, d]``, rotated.
+        key: ``float[B, K, L, d]``, rotated.
+        value: ``float[B, K, L, d]``.
+        step: of this forward.
+        last: attend from the last token of each row alone.
+
+    Returns:
+        ``float[B, L, H d]`` or ``float[B, 1, H d]``, and the route of what is returned.
+    """
+    if step.cache is not None:
+        key, value = step.cache.update(key, value, module.layer_idx)
+    route, mask = step.route, step.mask
+    if last:
+        query, route = query[:, :, -1:], route.last()
+        mask = mask[..., -1:, :] if mask is not None and mask.ndim == 4 else mask
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention
+    )
+    mixed, _ = kernel(module, query, key, value, mask, dropout=0.0, scaling=module.scaling)
+    return mixed.flatten(2), route
 
 
 class Attention(nn.Module):
@@ -194,23 +228,12 @@ class Attention(nn.Module):
 
         The last token of a row attends to all of it, and is always a language token.
         """
-        qkv = step.route.join(self.project(x, step.route))  # [B, L, (H + 2 K) d]
+        qkv = saturated(step.route.join(self.project(x, step.route)))  # [B, L, (H + 2 K) d]
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 K, L, d]
         turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         query, key = rotate(turned, step.cos, step.sin).split((self.heads, self.kv_heads), dim=1)
-        if step.cache is not None:
-            key, value = step.cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        route, mask = step.route, step.mask
-        if last:
-            query, route = query[:, :, -1:], Route.text(route.batch, 1)
-            mask = mask[..., -1:, :] if mask is not None and mask.ndim == 4 else mask
-        mixed, _ = attend(
-            self, query, key, value, mask, dropout=0.0, scaling=self.scaling
-        )  # [B, L, H, d]
-        return self.out(route.split(mixed.flatten(2)), route)
+        mixed, route = attend(self, query, key, value, step, last)
+        return saturated(self.out(route.split(mixed), route))
 
 
 class GatedMLP(nn.Module):
@@ -223,9 +246,10 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.activation = ACT2FN[activation]
 
+    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """``float[..., D]`` -> the same shape."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return gated(self.activation, self.gate_proj(x), self.up_proj(x), self.down_proj)
 
 
 class LowRankMLP(nn.Module):
@@ -239,8 +263,9 @@ class LowRankMLP(nn.Module):
 
     def forward(self, x: Tensor, language: GatedMLP) -> Tensor:
         """``float[..., D]`` -> the same shape."""
-        gate = language.activation(self.gate_proj(x, language.gate_proj))
-        return self.down_proj(gate * self.up_proj(x, language.up_proj), language.down_proj)  # type: ignore[no-any-return]
+        gate, up = self.gate_proj(x, language.gate_proj), self.up_proj(x, language.up_proj)
+        down = partial(self.down_proj, base=language.down_proj)
+        return gated(language.activation, gate, up, down)
 
 
 class ExpertMLP(nn.Module):
@@ -278,6 +303,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         mixed = self.self_attn(self.input_layernorm(x), step, last)
         route = step.route
         if last:
-            x, route = route.join(x)[:, -1], Route.text(route.batch, 1)
-        x = x + mixed
+            x, route = route.join(x)[:, -1], route.last()
+        x = self.between(x + mixed, step, route)
         return x + self.mlp(self.post_attention_layernorm(x), route)  # type: ignore[no-any-return]
+
+    def between(self, x: Tensor, step: Step, route: Route) -> Tensor:
+        """What a family does between attention and MLP to ``float[T, D]``, grouped by ``route``."""
+        return x

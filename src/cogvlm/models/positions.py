@@ -197,6 +197,10 @@ class Route:
         n_language = sum(end - start for start, end, v in spans if not v)
         return cls(batch, length, n_language, tuple(spans))
 
+    def last(self) -> Route:
+        """The route of the last token of each row, which is always a language token."""
+        return Route.text(self.batch, 1)
+
     def split(self, sequence: Tensor) -> Tensor:
         """``[B, L, ...]`` -> grouped ``[B * L, ...]``."""
         flat = sequence.flatten(0, 1)

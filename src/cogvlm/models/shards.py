@@ -16,6 +16,7 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,14 @@ def _refuse_pointer(path: Path, start: bytes, size: int) -> None:
         )
 
 
-def survey(files: Iterable[Path]) -> dict[str, Entry]:
+def survey(files: Iterable[Path], packed: bool = False) -> dict[str, Entry]:
     """Every tensor of ``files`` by name; of safetensors the headers alone are read.
 
+    ``packed`` says that tensors of weights that other programs quantised are expected.
+
     Raises:
-        CheckpointError: see :func:`read_header`; or a tensor is in two files, or the weights are
-            stored quantised.
+        CheckpointError: see :func:`read_header`; or a tensor is in two files, or weights are
+            quantised where none are expected.
     """
     found: dict[str, Entry] = {}
     for path in files:
@@ -208,11 +211,11 @@ def survey(files: Iterable[Path]) -> dict[str, Entry]:
                 )
             found[name] = entry
     quantised = sorted(n for n in found if _QUANTISED.search(n))
-    if quantised:
+    if quantised and not packed:
         where = found[quantised[0]].file.parent
         raise CheckpointError(
-            f"{where}: stored quantised ({quantised[0]}), in a form that this version does not "
-            "read; take the same model without '-int4' in its name"
+            f"{where}: stored quantised ({quantised[0]}), and its config.json does not say how; "
+            "take the config.json that came with the weights, with its quantization_config"
         )
     return found
 
@@ -333,13 +336,20 @@ def fill(model: nn.Module, files: Iterable[Path], dtype: torch.dtype, place: Pla
 def _moved(
     tensor: Tensor, dtype: torch.dtype, device: str | int | torch.device, path: Path
 ) -> Tensor:
-    try:
+    with room(device, path, "take a lower precision, or device_map='auto'"):
         # A copy in any case: what still refers to a mapped file breaks when the file changes.
         return tensor.to(device=device, dtype=dtype, copy=True)
+
+
+@contextmanager
+def room(device: str | int | torch.device, path: Path, remedy: str) -> Iterator[None]:
+    """Inside, too little memory is a :class:`ResourceError` that names the device and the file."""
+    try:
+        yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
             raise ResourceError(
                 f"not enough memory on {device} for the weights, at {path.name}; 'cogvlm models' "
-                "says what each needs: take a lower precision, or device_map='auto'"
+                f"says what each needs: {remedy}"
             ) from error
         raise

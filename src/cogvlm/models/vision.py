@@ -19,6 +19,8 @@ from transformers.activations import ACT2FN
 
 from ..config import CogVLMConfig, VisionConfig
 from ..errors import InputError
+from .half import biased, fitted, gated, saturated, widened
+from .parts import Conv, in_parts
 
 
 class PatchEmbedding(nn.Module):
@@ -31,7 +33,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, channels: int, width: int, patch: int, table: tuple[int, int]) -> None:
         super().__init__()
         self.table = table
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.proj = Conv(channels, width, kernel_size=patch, stride=patch)
         self.cls_embedding = nn.Parameter(torch.zeros(1, width))
         self.position_embedding = nn.Embedding(table[0] * table[1] + 1, width)
 
@@ -77,7 +79,7 @@ class VisionAttention(nn.Module):
         qkv = self.query_key_value(x).view(n, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, 1 + P, C / heads]
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.dense(out.transpose(1, 2).reshape(n, length, width))  # type: ignore[no-any-return]
+        return saturated(self.dense(out.transpose(1, 2).reshape(n, length, width)))
 
 
 class VisionMLP(nn.Module):
@@ -89,9 +91,11 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(inner, width)
         self.activation = ACT2FN[activation]
 
+    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """``float[..., C]`` -> the same shape."""
-        return self.fc2(self.activation(self.fc1(x)))  # type: ignore[no-any-return]
+        inner = self.activation(widened(saturated(self.fc1(x))))
+        return biased(self.fc2, inner) if x.dtype is torch.float16 else self.fc2(inner)
 
 
 class VisionLayer(nn.Module):
@@ -107,7 +111,8 @@ class VisionLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``float[N, 1 + P, C]`` -> the same shape."""
         x = x + self.input_layernorm(self.attention(x))
-        return x + self.post_attention_layernorm(self.mlp(x))  # type: ignore[no-any-return]
+        # A norm does not see the scale that each token is brought to.
+        return x + self.post_attention_layernorm(fitted(self.mlp(x), x.dtype))  # type: ignore[no-any-return]
 
 
 class VisionTransformer(nn.Module):
@@ -144,10 +149,12 @@ class GLU(nn.Module):
         self.dense_h_to_4h = nn.Linear(width, inner, bias=False)
         self.dense_4h_to_h = nn.Linear(inner, width, bias=False)
 
+    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """``float[N, T, C]`` -> ``float[N, T, D]``."""
         x = F.gelu(self.norm1(self.linear_proj(x)))
-        return self.dense_4h_to_h(F.silu(self.gate_proj(x)) * self.dense_h_to_4h(x))  # type: ignore[no-any-return]
+        y = gated(F.silu, self.gate_proj(x), self.dense_h_to_4h(x), self.dense_4h_to_h)
+        return saturated(y.to(x.dtype))
 
 
 class QFormer(nn.Module):
@@ -171,7 +178,7 @@ class QFormer(nn.Module):
         for i, (cross, mlp) in enumerate(zip(self.cross, self.mlps, strict=True)):
             q = self.norms[2 * i](x)
             x = x + cross(q, patches, patches, need_weights=False)[0]
-            x = x + mlp(self.norms[2 * i + 1](x))
+            x = x + saturated(mlp(self.norms[2 * i + 1](x)).to(x.dtype))
         return x
 
 
@@ -195,7 +202,7 @@ class VisionModel(nn.Module):
         self.transformer = VisionTransformer(vision)
         self.linear_proj = GLU(width, dim, inner)
         if vision.adapter == "conv_glu":
-            self.conv = nn.Conv2d(width, width, kernel_size=vision.merge, stride=vision.merge)
+            self.conv = Conv(width, width, kernel_size=vision.merge, stride=vision.merge)
         elif vision.adapter == "qformer":
             self.qformer = QFormer(
                 width,

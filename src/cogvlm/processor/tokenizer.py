@@ -136,6 +136,11 @@ class FastTokenizer:
         """Id of a token by its string, special ones included."""
         return self._tokenizer.token_to_id(name)
 
+    @property
+    def json(self) -> str:
+        """Everything, as ``tokenizer.json`` has it."""
+        return str(self._tokenizer.to_str())
+
 
 def open_tokenizer(name: str | Path, config: Mapping[str, Any] | None = None) -> FastTokenizer:
     """A tokenizer that the user names.

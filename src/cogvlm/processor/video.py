@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from ..errors import ConfigError, ImageError
-from .image import MEAN, STD, ImageLimits, SquarePixels, load_image
+from .image import MEAN, STD, ImageLimits, SquarePixels, decoding, first_line, load_image
 from .messages import VideoSource
 
 Frame = NDArray[np.uint8]  # uint8[H, W, 3], RGB
@@ -151,15 +151,8 @@ def load_video(
     limits = limits or VideoLimits()
     if isinstance(source, tuple):
         return _pictures(source, plan, limits)
-    with _opened(source, limits) as (file, name):
-        try:
-            return _read(file, name, plan, limits)
-        except (ImageError, MemoryError):
-            raise
-        except Exception as exc:  # decoders raise nearly anything on a broken file
-            raise ImageError(
-                f"{name} is broken, cut off or no video ({_short(exc)}); save or download it again"
-            ) from None
+    with _opened(source, limits) as (file, name), decoding(name, "broken, cut off or no video"):
+        return _read(file, name, plan, limits)
 
 
 def _pictures(
@@ -187,7 +180,7 @@ def _opened(source: Any, limits: VideoLimits) -> Iterator[tuple[Any, str]]:
                 _check_size(path.stat().st_size, name, limits)
                 yield file, name
         except OSError as exc:
-            raise ImageError(f"{name} cannot be read ({_short(exc)}); check it") from None
+            raise ImageError(f"{name} cannot be read ({first_line(exc)}); check it") from None
         return
     name = "video data"
     if hasattr(source, "read"):
@@ -197,7 +190,7 @@ def _opened(source: Any, limits: VideoLimits) -> Iterator[tuple[Any, str]]:
                 source.seek(0)
             source = source.read(limits.max_bytes + 1)
         except (OSError, ValueError, AttributeError) as exc:
-            raise ImageError(f"{name} cannot be read ({_short(exc)}); open it again") from None
+            raise ImageError(f"{name} cannot be read ({first_line(exc)}); open it again") from None
     if not isinstance(source, bytes):
         raise ImageError(f"{name} is a {type(source).__name__}; give bytes, a path or frames")
     _check_size(len(source), name, limits)
@@ -311,11 +304,6 @@ def _upright(frame: Any) -> Frame:
     values: Frame = frame.to_ndarray(format="rgb24")
     # Telephones store films lying and say so; the angle is counted counter-clockwise.
     return np.ascontiguousarray(np.rot90(values, round(frame.rotation / 90) % 4))
-
-
-def _short(exc: BaseException) -> str:
-    lines = str(getattr(exc, "strerror", None) or exc).splitlines()
-    return lines[0][:200] if lines and lines[0] else type(exc).__name__
 
 
 # --- pixels ----------------------------------------------------------------------------------
