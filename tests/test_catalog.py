@@ -24,7 +24,8 @@ def test_names_are_unique_and_found_under_both_owners() -> None:
         for owner in OWNERS:
             assert find(f"{owner}/{checkpoint.name}") is checkpoint
         assert find(checkpoint.name) is checkpoint
-        assert checkpoint.loadable is not checkpoint.name.endswith("-int4")
+        assert checkpoint.loadable
+        assert (checkpoint.stored == "fp4") is checkpoint.name.endswith("-int4")
     for wrong in ("someone/glm-4v-9b", "cogvlm3", "", "THUDM/"):
         with pytest.raises(InputError, match="'cogvlm models' lists them"):
             find(wrong)
@@ -64,14 +65,14 @@ def test_models_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) -> None
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert re.match(
-        r"cogvlm2-llama3-chat-19B +CogVLM2 License +42\.2 GB +22\.9 GB .*  int8 on cuda:0 card$",
+        r"cogvlm2-llama3-chat-19B +CogVLM2 License +41\.8 GB +22\.5 GB .*  int8 on cuda:0 card$",
         lines[1],
     )
-    assert lines[2].endswith("no: files in int4 are not read")
+    assert lines[2].endswith("fp4 on cuda:0 card")
     assert lines[3].endswith("bfloat16 on cuda:0 card")
     assert "Llama 3" in result.stdout and "the model's page says decides" in lines[-1]
 
     rows = json.loads(CliRunner().invoke(app, ["models", *names, "--json"]).stdout)
-    assert [row["device"] for row in rows] == ["cuda:0 card", None, "cuda:0 card"]
+    assert [row["device"] for row in rows] == ["cuda:0 card"] * 3
     assert rows[0]["bytes"]["bfloat16"].keys() == rows[0]["parameters"].keys()
     assert CliRunner().invoke(app, ["models", "cogvlm3"]).exit_code == 2

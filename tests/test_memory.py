@@ -12,15 +12,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from cogvlm import devices, quantize
 from cogvlm.catalog import find
 from cogvlm.config import preset
-from cogvlm.errors import InputError
-from cogvlm.load import skeleton
+from cogvlm.devices import Device
+from cogvlm.errors import InputError, ResourceError
+from cogvlm.load import load_model, skeleton
 from cogvlm.memory import (
     Size,
     cache_bytes,
+    choose,
+    held_bytes,
     image_tokens,
     need,
+    needs,
     parameter_shapes,
     part_of,
     parts_of,
@@ -88,7 +93,7 @@ def test_quantised_sizes_count_scales_and_leave_the_rest() -> None:
     assert one.bytes("int4") == 1000 + 4 * 20 + 2 * 7
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.vision.conv.bias"):
         assert size_of(name, (3, 4)) == Size(others=12)
-    with pytest.raises(InputError, match="'int2' is not one of float32, bfloat16, int8, int4"):
+    with pytest.raises(InputError, match=r"'int2' is not one of float32, .* int4, int4-all"):
         one.bytes("int2")
 
 
@@ -163,3 +168,110 @@ def test_the_estimate_of_a_prompt_is_near_what_is_measured(text: int) -> None:
         model(**prompt, logits_to_keep=1, use_cache=False)
     said = prefill_bytes(model.config, prompt["input_ids"].shape[1], item=4)
     assert 0.6 < said / peak.most < 1.7, (said, peak.most)
+
+
+# --- what is taken where ---
+
+NEEDS = {"float32": 80, "bfloat16": 40, "int8": 20, "int4": 16, "int4-all": 13}
+
+
+@pytest.mark.parametrize(
+    ("kind", "free", "taken"),
+    [
+        ("cpu", 80, "float32"),
+        ("cpu", 79, "bfloat16"),
+        ("cuda", 80, "bfloat16"),
+        ("cuda", 39, "int8"),
+        ("cuda", 19, "int4"),
+        ("cuda", 15, "int4-all"),
+        ("cuda", 12, None),
+        ("mps", 39, "int8"),
+        ("mps", 19, None),
+    ],
+)
+def test_the_most_exact_that_fits_is_taken(kind: str, free: float, taken: str | None) -> None:
+    device = Device(f"{kind} x", kind, 100.0, free_gb=free)
+    found = choose({name: int(size * 1e9) for name, size in NEEDS.items()}, [device])
+    assert (found and found[1]) == taken
+
+
+def test_a_worse_precision_on_a_card_goes_before_a_better_one_on_the_cpu() -> None:
+    sizes = {name: int(size * 1e9) for name, size in NEEDS.items()}
+    cpu = Device("cpu", "cpu", 100.0)
+    small, large = Device("cuda:0", "cuda", 12.0), Device("cuda:1", "cuda", 17.0)
+    assert choose(sizes, [small, large, cpu]) == (large, "int4")
+    assert choose(sizes, [small, cpu]) == (cpu, "float32")
+    assert choose(sizes, [cpu], only="int8") == (cpu, "int8")
+    assert choose(sizes, [Device("cpu", "cpu", None)]) is None
+
+
+def save(folder: Path, **sizes: Any) -> dict[str, int]:
+    """A toy in the released layout, and what it needs."""
+    model = toy_model(**sizes)
+    model.save_pretrained(folder)
+    return needs(model.config)
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 400}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4", "int4-all"])
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_loading_takes_what_fits_the_free_memory(
+    precision: str, asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = save(tmp_path, **WIDE)
+    assert sorted(wanted.values(), reverse=True) == list(wanted.values())
+    monkeypatch.setattr(devices, "main_memory", lambda: (10**12, wanted[precision]))
+    model = load_model(tmp_path, asked, "cpu")
+    exact = torch.float32 if precision == "float32" else torch.bfloat16
+    assert model.lm_head.weight.dtype == exact
+    layers = {
+        name: type(model.get_submodule(name)).__name__
+        for name in (
+            "model.vision.linear_proj.gate_proj",
+            "model.layers.0.self_attn.vision_expert_dense",
+        )
+    }
+    kinds = {"int8": ["Int8Linear"] * 2, "int4": ["Int8Linear", "Int4Linear"]}
+    kinds["int4-all"] = ["Int4Linear"] * 2
+    assert list(layers.values()) == kinds.get(precision, ["Linear"] * 2)
+
+
+def test_loading_what_fits_nowhere_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = save(tmp_path)
+    monkeypatch.setattr(devices, "main_memory", lambda: (10**12, wanted["int4-all"] - 1))
+    with pytest.raises(ResourceError, match=r"GB in int4-all .*free: cpu 0\.\d GB; .*name a prec"):
+        load_model(tmp_path, device="cpu")
+    load_model(tmp_path, "float32", "cpu")  # whoever names one gets it
+
+
+def test_a_container_has_less_than_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, used, stat = (tmp_path / name for name in ("max", "current", "stat"))
+    monkeypatch.setattr(devices, "_CONTAINER", ((limit, used, stat),))
+    machine = devices.main_memory()
+    assert 0 < machine[1] <= machine[0]
+    limit.write_text("30000000\n")
+    used.write_text("20000000\n")
+    stat.write_text("anon 12\ninactive_file 5000000\n")
+    assert devices.main_memory() == (30_000_000, 15_000_000)
+    limit.write_text("max\n")
+    assert devices.main_memory()[0] == machine[0]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "int4-all"])
+def test_a_quantised_model_is_as_large_as_its_shapes_say(precision: str) -> None:
+    vision = {"hidden_size": 128, "intermediate_size": 256}
+    model = toy_model(**WIDE, vision_config=vision).bfloat16()
+    parts = parts_of(model.config)
+    quantize.quantise(model, precision)
+    held = 0
+    for parameter in model.parameters():
+        kept: Any = parameter
+        names = getattr(kept, "tensor_data_names", None)
+        held += sum(getattr(kept, n).nbytes for n in names) if names else kept.nbytes
+    assert held == sum(held_bytes(part, size, precision) for part, size in parts.items())

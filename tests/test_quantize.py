@@ -150,12 +150,14 @@ def _shallow(config: Any) -> Any:
 @pytest.mark.parametrize("family", ["cogvlm2", "cogagent", "glm-4v"])
 def test_full_size_matrices_are_chosen_by_their_side(family: str) -> None:
     model = full_size()[family]
-    eight, four = plan(model, "int8"), plan(model, "int4")
-    assert eight.keys() == four.keys() and set(eight.values()) == {0}
+    eight, four, tiny = (plan(model, p) for p in ("int8", "int4", "int4-all"))
+    assert eight.keys() == four.keys() == tiny.keys() and set(eight.values()) == {0}
+    assert all(tiny[n] == size for n, size in four.items() if size)
     tower = {n for n in four if ".vision." in n or "cross_vision." in n}
     assert {four[n] for n in tower} == {0}
     assert {four[n] for n in four.keys() - tower} == {128}
     assert any(".linear_proj." in n for n in tower)
+    assert {tiny[n] for n in tower if ".linear_proj." in n} == {128}
     left = [n for n, p in model.named_parameters() if p.ndim == 2 and n not in four]
     kept = ("embed", "lm_head", "output_layer", "pos_embed")
     assert left and all(any(k in n for k in kept) for n in left), left
@@ -168,26 +170,29 @@ def test_low_rank_experts_keep_their_factors() -> None:
     assert "model.layers.0.mlp.language_mlp.up_proj.weight" in found
     exact = toy_model(**SIZES, expert_rank=32)
     quantize.quantise(model, "int8")
-    assert 0 < error(model, exact) < 0.05
+    # Inputs of few tokens are rounded to bfloat16 too.
+    assert 0 < error(model, exact) < 0.08
 
 
 # --- models ---
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.05), ("int4", 0.5)])
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.05), ("int4", 0.5), ("int4-all", 0.6)])
 def test_a_loaded_model_is_near_the_exact_one(folder: Path, precision: str, limit: float) -> None:
     exact = load_model(folder, "float32", "cpu")
     model = load_model(folder, precision, "cpu")
     found = error(model, exact)
     assert limit / 100 < found < limit
-    assert model.lm_head.weight.dtype == torch.float32
-    assert torch.equal(model.model.embed_tokens.weight, exact.model.embed_tokens.weight)
-    in_place = load_model(folder, "float32", "cpu")
+    # Who quantises wants memory: what stays is bfloat16 on the CPU too.
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    embedding = exact.model.embed_tokens.weight.bfloat16()
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    in_place = load_model(folder, "bfloat16", "cpu")
     quantize.quantise(in_place, precision)
     assert torch.equal(logits(in_place), logits(model))
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "int4-all"])
 def test_written_and_read_back_it_is_the_same_model(
     folder: Path, tmp_path: Path, precision: str
 ) -> None:

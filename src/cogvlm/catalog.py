@@ -49,7 +49,7 @@ class Checkpoint:
     """One released model.
 
     ``architecture`` names its configuration, ``changes`` what it has different; ``stored`` is the
-    number format of its files.
+    number format of its files: bfloat16, or fp4 (of bitsandbytes, tower and all).
     """
 
     name: str  # on the model hub, without the account
@@ -61,8 +61,8 @@ class Checkpoint:
 
     @property
     def loadable(self) -> bool:
-        """Whether this version reads its files: those stored in int4 it does not."""
-        return self.stored == "bfloat16"
+        """Whether this version reads its files."""
+        return self.stored in ("bfloat16", "fp4")
 
     def config(self) -> FamilyConfig:
         """Its full-size configuration."""
@@ -82,8 +82,8 @@ _CHAT2_ZH = "pictures of 1344 pixels, Chinese and English"
 CHECKPOINTS = (
     Checkpoint("cogvlm2-llama3-chat-19B", "cogvlm2", COGVLM2, _CHAT2),
     Checkpoint("cogvlm2-llama3-chinese-chat-19B", "cogvlm2", COGVLM2, _CHAT2_ZH),
-    Checkpoint("cogvlm2-llama3-chat-19B-int4", "cogvlm2", COGVLM2, _CHAT2, stored="int4"),
-    Checkpoint("cogvlm2-llama3-chinese-chat-19B-int4", "cogvlm2", COGVLM2, _CHAT2_ZH, {}, "int4"),
+    Checkpoint("cogvlm2-llama3-chat-19B-int4", "cogvlm2", COGVLM2, _CHAT2, stored="fp4"),
+    Checkpoint("cogvlm2-llama3-chinese-chat-19B-int4", "cogvlm2", COGVLM2, _CHAT2_ZH, {}, "fp4"),
     Checkpoint("cogvlm2-video-llama3-chat", "cogvlm2-video", COGVLM2, "video, with times"),
     Checkpoint("cogvlm2-video-llama3-base", "cogvlm2-video", COGVLM2, "video, to train on"),
     Checkpoint("cogvlm2-llama3-caption", "cogvlm2-video", COGVLM2, "captions of videos"),

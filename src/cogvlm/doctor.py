@@ -7,49 +7,30 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from . import __version__, hub
+from .devices import Device, find_devices
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "Pillow")
 
 
 @dataclass(frozen=True)
-class Device:
-    """Where a model can run; ``memory_gb`` (10**9 bytes) is ``None`` where nothing tells.
-
-    ``precision`` is what ``--precision auto`` takes there, ``advice`` what to know about it.
-    """
-
-    name: str
-    kind: str  # cpu | cuda | mps
-    memory_gb: float | None
-    precision: str = "float32"
-    advice: str = ""
-
-
-@dataclass(frozen=True)
 class Fit:
-    """Whether a model runs here: ``device`` is ``None`` where it does not."""
+    """Whether a model runs here: ``device`` is ``None`` where it does not.
+
+    ``precision`` is what ``--precision auto`` takes there, or the smallest there is; ``needs_gb``
+    (10**9 bytes) is what it needs for a picture and 2,048 tokens.
+    """
 
     model: str
     precision: str
     needs_gb: float
     device: str | None
     how: str
-
-
-# Memory of the 19B checkpoint as measured by its authors for one 1344-pixel image: 42 GB in
-# bfloat16, 16 GB in int4.
-_MODELS = (
-    ("nano", "float32", 2.0, "cogvlm ask PICTURE QUESTION"),
-    ("CogVLM2 19B", "bfloat16", 42.0, "cogvlm ask --model FOLDER --precision bfloat16 ..."),
-    ("CogVLM2 19B", "int4", 16.0, "cogvlm ask --model FOLDER --precision int4 ..."),
-)
 
 
 def report(cache: Path | None = None) -> dict[str, Any]:
@@ -78,48 +59,33 @@ def versions() -> dict[str, str]:
     return found
 
 
-def find_devices() -> list[Device]:
-    """The accelerators that torch sees, the CPU last."""
-    import torch
-
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        # Cards before compute capability 8 do bfloat16 in software.
-        advice = "" if card.major >= 8 else "slow on this card, take --precision float16"
-        size = card.total_memory / 1e9
-        devices.append(Device(f"cuda:{index} {card.name}", "cuda", size, "bfloat16", advice))
-    memory = _main_memory()
-    if torch.backends.mps.is_available():
-        devices.append(Device("mps (shares the main memory)", "mps", memory, "bfloat16"))
-    cpu = f"cpu {platform.machine()}, {os.cpu_count()} cores"
-    return [*devices, Device(cpu, "cpu", memory)]
-
-
 def fits(devices: list[Device]) -> list[Fit]:
-    """Which models run on which of ``devices``, the first that has the memory."""
+    """What ``--precision auto`` makes of nano and of CogVLM2 on ``devices``."""
+    from .config import preset
+    from .memory import MIXES, choose, needs
+
     found = []
-    for model, precision, needs, how in _MODELS:
-        able = [d for d in devices if d.memory_gb is not None and d.memory_gb >= needs]
-        if precision == "int4":
-            able = [d for d in able if d.kind != "mps"]  # no kernel there
-        found.append(Fit(model, precision, needs, able[0].name if able else None, how))
+    for model, name, how in _MODELS:
+        wanted = needs(preset(name))
+        chosen = choose(wanted, devices)
+        kinds = [precision for d in devices for precision in MIXES[d.kind]]
+        precision = chosen[1] if chosen else min(kinds, key=wanted.__getitem__)
+        where = chosen[0].name if chosen else None
+        if precision.startswith("int") and not _installed("torchao"):
+            how += "; needs the extra 'quant': pip install 'cogvlm[quant]'"
+        found.append(Fit(model, precision, wanted[precision] / 1e9, where, how))
     return found
 
 
-def _main_memory() -> float | None:
-    """Main memory in GB."""
-    if sys.platform == "win32":
-        return _windows_memory()
+_MODELS = (
+    ("nano", "nano", "cogvlm ask PICTURE QUESTION"),
+    ("CogVLM2 19B", "cogvlm2", "cogvlm ask --model FOLDER PICTURE QUESTION"),
+)
+
+
+def _installed(package: str) -> bool:
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except (ValueError, OSError):
-        return None
-
-
-def _windows_memory() -> float | None:
-    import ctypes
-
-    kilobytes = ctypes.c_ulonglong(0)
-    ask = ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory  # type: ignore[attr-defined]
-    return kilobytes.value * 1024 / 1e9 if ask(ctypes.byref(kilobytes)) else None
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -14,24 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from . import quantize
-from .config import CogAgentConfig, CogVLMConfig, FamilyConfig, Glm4vConfig, recognise
+from . import adapter as adapters
+from . import devices, memory, packed, quantize
+from .config import CogVLMConfig, FamilyConfig, recognise
 from .errors import CheckpointError, InputError, ResourceError
 from .hub import language_model, resolve
-from .models import shards, spread
+from .models import parallel, shards, spread
+from .models.build import skeleton
 from .models.checkpoint import from_llama, is_vision, read_safetensors, report
-from .models.cogagent import CogAgentForCausalLM
 from .models.cogvlm import CogVLMForCausalLM
-from .models.glm4v import Glm4vForCausalLM
 from .models.language import inverse_frequencies
 from .processor import Processor, open_tokenizer
 from .processor.tokenizer import FastTokenizer, read_json
-
-_CLASSES: dict[type[FamilyConfig], type[CogVLMForCausalLM]] = {
-    CogVLMConfig: CogVLMForCausalLM,
-    CogAgentConfig: CogAgentForCausalLM,
-    Glm4vConfig: Glm4vForCausalLM,
-}
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,29 @@ class Loaded:
     name: str
 
 
-def read_config(folder: Path) -> FamilyConfig:
-    """``config.json`` of a folder, recognised without running any code of the folder.
+@dataclass(frozen=True)
+class _Folder:
+    """What config.json says, read once."""
+
+    path: Path
+    values: dict[str, Any]
+    config: FamilyConfig
+    form: packed.Format | None  # how another program quantised it
+
+    @property
+    def kept(self) -> str | None:
+        """What the weights are quantised to; none: they are not."""
+        where = f"{self.path}/config.json"
+        return self.form.name if self.form else quantize.stored(self.values, where)
+
+    @property
+    def language_model(self) -> str | None:
+        """The language model that is not in the folder; none: all of it is."""
+        return self.config.language_model if isinstance(self.config, CogVLMConfig) else None
+
+
+def _read(folder: Path) -> _Folder:
+    """Recognise a folder by its ``config.json``, without running any code of it.
 
     Raises:
         CheckpointError: it is missing, or of an architecture that is not supported.
@@ -52,14 +67,16 @@ def read_config(folder: Path) -> FamilyConfig:
     """
     values = read_json(folder / "config.json")
     if values is None:
+        packed.refuse_gguf(folder)
         raise CheckpointError(f"{folder} has no config.json; give a model's folder or name")
-    values.pop(quantize.KEY, None)
-    return recognise(values, f"{folder}/config.json")
+    where = f"{folder}/config.json"
+    plain = {k: v for k, v in values.items() if k not in (quantize.KEY, packed.KEY)}
+    return _Folder(folder, values, recognise(plain, where), packed.stored(values, where))
 
 
 def stored_precision(folder: Path) -> str | None:
     """What the weights of a folder are quantised to, by its config.json; none: they are not."""
-    return quantize.stored(read_json(folder / "config.json") or {}, f"{folder}/config.json")
+    return _read(folder).kept
 
 
 def pick(device: str | torch.device | None) -> torch.device:
@@ -96,7 +113,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     names |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in names:
-        known = ", ".join([*names, *quantize.PRECISIONS])
+        known = ", ".join([*names, *quantize.ON_LOADING])
         raise ResourceError(f"precision {dtype!r} is not one of {known}")
     return names[dtype]
 
@@ -107,47 +124,79 @@ def load_model(
     device: str | torch.device | None = None,
     device_map: spread.DeviceMap | None = None,
     allow_pickle: bool = False,
+    tp_plan: str | None = None,
 ) -> CogVLMForCausalLM:
     """The model of a folder, in evaluation mode.
 
     Args:
         folder: released layout, or nano's.
-        dtype: of the weights; none takes float32 on the CPU and bfloat16 elsewhere.  ``"int8"`` and
-            ``"int4"`` quantise while loading (see :mod:`cogvlm.quantize`); of a folder that is
-            quantised already, another dtype is that of the rest.
+        dtype: of the weights; none or ``"auto"`` takes the best that fits the free memory (see
+            :func:`cogvlm.memory.choose`).  ``"int8"``, ``"int4"`` and ``"int4-all"`` quantise
+            while loading, on CUDA ``"nf4"`` too (see :mod:`cogvlm.quantize`), and what stays is
+            bfloat16; of a folder that is quantised already, by us or by others
+            (:mod:`cogvlm.packed`), another dtype is that of the rest.
         device: none takes the best one here.
         device_map: spread the model instead: ``"auto"``, or module names to devices, ``"disk"``
             among them (see :mod:`cogvlm.models.spread`); needs accelerate.
         allow_pickle: read pickled weights where there are no others, tensors only.
+        tp_plan: ``"auto"`` cuts every layer over the processes that ``torchrun`` started instead
+            (see :mod:`cogvlm.models.parallel`).
 
     Raises:
         CheckpointError: files or tensors are missing, damaged or left over.
         ConfigError: config.json has unknown keys or impossible values.
-        InputError: ``device_map`` leaves something out, or is given beside ``device``.
+        InputError: ``device_map`` leaves something out, or is given beside ``device``; ``tp_plan``
+            without ``torchrun``, or beside what it excludes.
         ResourceError: no such device, or not enough memory on it.
     """
-    config = read_config(folder)
+    return _load(_read(folder), dtype, device, device_map, allow_pickle, tp_plan)
+
+
+def _load(
+    source: _Folder,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    device_map: spread.DeviceMap | None,
+    allow_pickle: bool,
+    tp_plan: str | None,
+) -> CogVLMForCausalLM:
+    folder, config, form = source.path, source.config, source.form
     if device_map is not None and device not in (None, "auto"):
         raise InputError(f"device {str(device)!r} and a device_map: give one of the two")
     place = pick(device)
-    wanted = quantize.choose(dtype, stored_precision(folder), str(folder))
+    kept = source.kept
+    if kept is None and device_map is None and tp_plan is None and dtype in (None, "auto"):
+        place, dtype = _choose(source, None if device in (None, "auto") else place)
+    wanted = quantize.choose(dtype, kept, str(folder))
     precision = pick_dtype(None if dtype == wanted else dtype, place)
-    if wanted is not None:
-        if device_map is not None:
-            raise InputError(f"precision {wanted} and a device_map: give device, no device_map")
+    if wanted is not None and device_map is not None:
+        raise InputError(f"precision {wanted} and a device_map: give device, no device_map")
+    if tp_plan is not None:
+        low = isinstance(config, CogVLMConfig) and config.expert_rank is not None  # nano's kind
+        if low or wanted or form or device_map is not None or device is not None or allow_pickle:
+            raise InputError(
+                "tp_plan cuts full weights in safetensors over the devices of torchrun: leave out "
+                "device, device_map and allow_pickle, and give no low-rank experts, int8 or int4"
+            )
+        parallel.processes(tp_plan)
+    if wanted is not None and form is None:
         quantize.refuse(wanted, place)
-    if isinstance(config, CogVLMConfig) and config.language_model is not None:
+    if form is not None:
+        model = _packed(folder, config, form, precision, place, allow_pickle)
+    elif isinstance(config, CogVLMConfig) and (language := source.language_model):
         if device_map is not None:
             raise InputError(f"{folder} is small enough for one device: give device, no device_map")
-        model = compose(config, vision_tensors(folder), language_tensors(config.language_model))
+        model = compose(config, vision_tensors(folder), language_tensors(language))
         move: Any = model.to  # its stub has lost the bound self
         move(device=place, dtype=precision)
         if wanted is not None:
             quantize.quantise(model, wanted)
     elif wanted is not None:
-        model = _quantised(folder, config, wanted, precision, place, allow_pickle)
+        # Who quantises wants memory: the embedding and the head alone are 4 GB in float32.
+        rest = torch.bfloat16 if dtype in (None, "auto", wanted) else precision
+        model = _quantised(folder, config, wanted, rest, place, allow_pickle)
     else:
-        model = _released(folder, config, precision, place, device_map, allow_pickle)
+        model = _released(folder, config, precision, place, device_map, allow_pickle, tp_plan)
     # Generation settings of the 4.x series, written into config.json, are not ours.
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -158,6 +207,27 @@ def load_model(
     return model
 
 
+def _choose(source: _Folder, place: torch.device | None) -> tuple[torch.device, str]:
+    """The first device, or the one given, on which the model fits, and the best precision there."""
+    found = devices.find_devices()
+    if place is not None:
+        index = place.index or 0
+        found = [d for d in found if d.place in (str(place), f"{place.type}:{index}")]
+        if not found:  # nothing is known about it
+            return place, "bfloat16"
+    needs = memory.needs(source.config)
+    if chosen := memory.choose(needs, found):
+        device, precision = chosen
+        return torch.device(device.place), precision
+    least = min((p for d in found for p in memory.MIXES[d.kind]), key=needs.__getitem__)
+    rooms = ", ".join(f"{d.place} {d.room / 1e9:.1f} GB" for d in found)
+    raise ResourceError(
+        f"{source.path} needs {needs[least] / 1e9:.1f} GB in {least} for a picture and "
+        f"{memory.PROMPT} tokens, free: {rooms}; free memory, spread it (device_map='auto'), or "
+        "name a precision to try it all the same"
+    )
+
+
 def _released(
     folder: Path,
     config: FamilyConfig,
@@ -165,11 +235,15 @@ def _released(
     device: torch.device,
     device_map: spread.DeviceMap | None,
     allow_pickle: bool,
+    tp_plan: str | None,
 ) -> CogVLMForCausalLM:
     files = shards.weight_files(folder, allow_pickle)
     found = shards.survey(files)
     model = skeleton(config)
     shards.check(model, {name: entry.shape for name, entry in found.items()}, str(folder))
+    if tp_plan is not None:
+        cut: CogVLMForCausalLM = parallel.load(type(model), folder, config, dtype)
+        return cut
     plan = None if device_map is None else spread.plan(model, device_map, dtype)
     place: shards.Place = lambda name: device  # noqa: E731
     if plan is not None:
@@ -199,13 +273,30 @@ def _quantised(
     return model
 
 
+def _packed(
+    folder: Path,
+    config: FamilyConfig,
+    form: packed.Format,
+    dtype: torch.dtype,
+    device: torch.device,
+    allow_pickle: bool,
+) -> CogVLMForCausalLM:
+    files = shards.weight_files(folder, allow_pickle)
+    model = skeleton(config)
+    found = shards.survey(files, packed=True)
+    shards.check(model, packed.whole(found, model, form, str(folder)), str(folder))
+    packed.fill(model, files, form, dtype, device)
+    model.tie_weights()
+    return model
+
+
 def quantise_folder(name: str | Path, out: str | Path, precision: str) -> Path:
     """Write a model of the released layout again, quantised; :func:`load` reads what is written.
 
     Args:
         name: a folder or a hub name.
         out: the new folder.
-        precision: ``"int8"`` or ``"int4"``, see :mod:`cogvlm.quantize`.
+        precision: ``"int8"``, ``"int4"`` or ``"int4-all"``, see :mod:`cogvlm.quantize`.
 
     Raises:
         InputError: another precision, ``out`` exists, or the model is nano or quantised already.
@@ -216,14 +307,18 @@ def quantise_folder(name: str | Path, out: str | Path, precision: str) -> Path:
         known = " and ".join(quantize.PRECISIONS)
         raise InputError(f"precision {precision!r} cannot be stored quantised; {known} can")
     folder = resolve(name)
-    config = read_config(folder)
-    if isinstance(config, CogVLMConfig) and config.language_model is not None:
+    source = _read(folder)
+    if source.language_model is not None:
         raise InputError(
             f"{name} stands on a language model that is stored elsewhere; load it in {precision} "
             f"instead (--precision {precision})"
         )
-    values = read_json(folder / "config.json") or {}
-    return quantize.write(folder, skeleton(config), values, Path(out), precision)
+    if source.form is not None:
+        raise InputError(
+            f"{folder} is stored in {source.form.name} already; give the folder with the full "
+            "weights"
+        )
+    return quantize.write(folder, skeleton(source.config), source.values, Path(out), precision)
 
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:
@@ -234,14 +329,6 @@ def vision_tensors(folder: Path) -> dict[str, Tensor]:
 def language_tensors(name: str) -> dict[str, Tensor]:
     """A Llama-type language model under our names, fetched if need be."""
     return from_llama(read_safetensors(language_model(name) / "model.safetensors"))
-
-
-def skeleton(config: FamilyConfig) -> CogVLMForCausalLM:
-    """A model whose tensors have shapes but no memory."""
-    build: Any = _CLASSES[type(config)]  # each takes its own configuration
-    with torch.device("meta"):
-        model: CogVLMForCausalLM = build(config)
-    return model
 
 
 def compose(
@@ -259,15 +346,7 @@ def compose(
     state = {**tensors, **buffers}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    expected = model.state_dict()
-    report(state.keys() - expected.keys(), expected.keys() - state.keys(), "model")
-    wrong = [n for n, t in state.items() if t.shape != expected[n].shape]
-    if wrong:
-        name = sorted(wrong)[0]
-        raise CheckpointError(
-            f"{len(wrong)} tensors have another shape than config.json says, the first is {name}: "
-            f"{tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-        )
+    shards.check(model, {n: tuple(t.shape) for n, t in state.items()}, "model")
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model
@@ -287,6 +366,8 @@ def load(
     tokenizer: str | Path | None = None,
     device_map: spread.DeviceMap | None = None,
     allow_pickle: bool = False,
+    tp_plan: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Loaded:
     """Model and processor by name (``nano``), folder or hub name; see :func:`load_model`.
 
@@ -298,14 +379,20 @@ def load(
             generation have none, see :func:`cogvlm.processor.open_tokenizer`.
         device_map: spread the model over several devices.
         allow_pickle: read pickled weights where there are no others.
+        tp_plan: ``"auto"`` cuts the model over the processes of ``torchrun``.
+        adapter: folder of what was tuned on the model, see :mod:`cogvlm.adapter`.
     """
+    if adapter is not None and (device_map is not None or tp_plan is not None):
+        raise InputError("an adapter and device_map or tp_plan: merge it first (cogvlm merge)")
     folder = resolve(name, allow_pickle)
-    config = read_config(folder)
+    source = _read(folder)
     words = None
     if tokenizer is not None:
-        words = open_tokenizer(tokenizer, read_json(folder / "config.json"))
-    elif config.language_model is not None:
-        words = FastTokenizer.from_folder(language_model(config.language_model))
+        words = open_tokenizer(tokenizer, source.values)
+    elif source.language_model is not None:
+        words = FastTokenizer.from_folder(language_model(source.language_model))
     processor = Processor.from_folder(folder, words)
-    model = load_model(folder, dtype, device, device_map, allow_pickle)
+    model = _load(source, dtype, device, device_map, allow_pickle, tp_plan)
+    if adapter is not None:
+        adapters.attach(model, adapter)
     return Loaded(model, processor, str(name))

@@ -5,15 +5,15 @@ estimate: the widest moment of the tower and of the decoder, by shape, with an a
 that never holds a matrix of scores.
 
 Number formats: int8 has one float32 scale a row, int4 a bfloat16 scale and zero for every 128
-weights; with int4 the tower and the adapter are int8, as :mod:`cogvlm.quantize` makes them.  Both
-apply to the matrices of linear layers; the embedding, the head, convolutions, norms, biases and
-tables stay in bfloat16.
+weights; with int4 the tower and the adapter are int8, with int4-all they are int4 too, as
+:mod:`cogvlm.quantize` makes them.  All apply to the matrices of linear layers; the embedding, the
+head, convolutions, norms, biases and tables stay in bfloat16.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -23,15 +23,24 @@ from torch import nn
 
 from .catalog import Checkpoint
 from .config import FamilyConfig
+from .devices import Device
 from .errors import InputError
-from .load import skeleton
+from .models.build import skeleton
+from .models.parts import TOKENS
 
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+PRECISIONS = ("float32", "bfloat16", "int8", "int4", "int4-all")
+MIXES = {
+    "cpu": PRECISIONS,
+    "cuda": PRECISIONS[1:],
+    "mps": ("bfloat16", "int8"),  # torchao has no kernel of int4 there
+}
+"""What ``--precision auto`` tries on a kind of device, the most exact first."""
+
 _SIGHT = ("tower", "adapter")  # int8 where the decoder is int4
 GROUP = 128  # weights that share a scale and a zero in int4
 PROMPT = 2048  # tokens of text and answer counted beside one image
 PARTS = ("tower", "adapter", "experts", "cross", "language", "embedding", "head")
-_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
+_BYTES = {"float32": 4, "bfloat16": 2}
 # Weights, caches and activations are not all: the driver's own share and what lies between blocks.
 _SPARE = 1.05
 
@@ -90,9 +99,9 @@ class Size:
             raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
         if precision == "int8":
             return self.matrices + 4 * self.rows + 2 * self.others
-        if precision == "int4":
+        if precision in ("int4", "int4-all"):
             return (self.matrices + 1) // 2 + 4 * self.groups + 2 * self.others
-        return int(_BYTES[precision] * self.parameters)
+        return _BYTES[precision] * self.parameters
 
 
 def held_bytes(part: str, size: Size, precision: str) -> int:
@@ -172,8 +181,9 @@ def cache_bytes(config: FamilyConfig, tokens: int, item: int = 2) -> int:
 def prefill_bytes(config: FamilyConfig, tokens: int, item: int = 2) -> int:
     """Estimate of the widest moment while one image and ``tokens`` in all are read.
 
-    Tower: pixels, input, residual, and the MLP before and after its activation.  Decoder: input,
-    residual, and gate, its activation, up and their product.  They do not meet.
+    Tower and decoder, which do not meet: input and residual, and queries, keys, values and what
+    attention makes of them, or the MLP before and after its activation (in the decoder gate, its
+    activation, up and their product), of as many tokens as go through it together.
 
     Args:
         config: of the model.
@@ -183,9 +193,13 @@ def prefill_bytes(config: FamilyConfig, tokens: int, item: int = 2) -> int:
     made: Any = config
     vision = made.vision
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    tower = patches * (2 * vision.hidden_size + 2 * vision.intermediate_size)
+    tower = patches * 2 * vision.hidden_size + max(
+        patches * 4 * vision.hidden_size, min(patches, TOKENS) * 2 * vision.intermediate_size
+    )
     tower += vision.in_channels * vision.image_size**2
-    decoder = tokens * (2 * made.hidden_size + 4 * made.intermediate_size)
+    decoder = tokens * 2 * made.hidden_size + max(
+        tokens * 4 * made.hidden_size, min(tokens, TOKENS) * 4 * made.intermediate_size
+    )
     wide = max(tower, decoder)
     if cross := getattr(made, "cross_vision", None):
         wide = max(wide, (cross.side**2 + 1) * (2 * cross.width + 4 * cross.inner))
@@ -212,6 +226,29 @@ def need(config: FamilyConfig, parts: dict[str, Size], precision: str) -> Need:
     tokens = image_tokens(config) + PROMPT
     held = sum(held_bytes(part, size, precision) for part, size in parts.items())
     return Need(held, cache_bytes(config, tokens, item), prefill_bytes(config, tokens, item))
+
+
+def needs(config: FamilyConfig) -> dict[str, int]:
+    """Bytes in all that each of :data:`PRECISIONS` needs, see :func:`need`."""
+    parts = parts_of(config)
+    return {precision: need(config, parts, precision).total for precision in PRECISIONS}
+
+
+def choose(
+    needs: Mapping[str, int], devices: Iterable[Device], only: str | None = None
+) -> tuple[Device, str] | None:
+    """The first device with room, and the most exact precision that fits its free memory.
+
+    Args:
+        needs: bytes by precision, see :func:`needs`.
+        devices: in order of preference: any precision on the first goes before the second.
+        only: the one precision that comes into question, on any device.
+    """
+    for device in devices:
+        for precision in (only,) if only else MIXES[device.kind]:
+            if needs[precision] <= device.room:
+                return device, precision
+    return None
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -245,14 +282,12 @@ def _terms(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def table(
-    checkpoints: Iterable[Checkpoint], devices: Iterable[tuple[str, float | None]]
-) -> list[dict[str, Any]]:
+def table(checkpoints: Iterable[Checkpoint], devices: Iterable[Device]) -> list[dict[str, Any]]:
     """:func:`describe` of each, and where it fits.
 
-    ``device`` and ``precision`` say the first of ``devices`` (name, 10**9 bytes) that has room for
-    it in bfloat16, else in int8, else in int4; where none has, ``device`` is none and ``reason``
-    says why.
+    ``device`` and ``precision`` say what :func:`choose` takes, which is what loading does; where
+    nothing fits, both are none and ``reason`` says so.  What is stored in fp4 stays so, and is
+    counted as int4, which takes a little more.
     """
     devices = list(devices)
     known: dict[str, dict[str, Any]] = {}
@@ -267,14 +302,13 @@ def table(
 
 
 def _where(
-    checkpoint: Checkpoint, figures: dict[str, Any], devices: list[tuple[str, float | None]]
+    checkpoint: Checkpoint, figures: dict[str, Any], devices: list[Device]
 ) -> dict[str, Any]:
-    if not checkpoint.loadable:
-        return {"device": None, "precision": None, "reason": "no: files in int4 are not read"}
-    for precision in ("bfloat16", "int8", "int4"):
-        wanted = figures["needs"][precision]["total"] / 1e9
-        for name, memory in devices:
-            kernels = precision != "int4" or not name.startswith("mps")
-            if kernels and memory is not None and memory >= wanted:
-                return {"device": name, "precision": precision, "reason": ""}
-    return {"device": None, "precision": None, "reason": "no"}
+    totals = {precision: need["total"] for precision, need in figures["needs"].items()}
+    small = checkpoint.stored == "fp4"
+    found = choose(totals, devices, "int4" if small else None)
+    if found is None:
+        return {"device": None, "precision": None, "reason": "no"}
+    device, precision = found
+    held = checkpoint.stored if small else precision
+    return {"device": device.name, "precision": held, "reason": ""}

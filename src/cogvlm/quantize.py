@@ -3,12 +3,14 @@
 Only weights are rounded, activations are not.  What stays as it is: embeddings, the head, norms,
 biases, markers, position tables, convolutions, and the two factors of low-rank experts.
 
-=====  ==========================================  =========================
-asked  decoder (language layers, experts, cross)   tower and adapter
-=====  ==========================================  =========================
-int8   int8, one scale a row                       int8, one scale a row
-int4   int4, a scale and a zero for 128 weights    int8, one scale a row
-=====  ==========================================  =========================
+========  ==========================================  ==========================
+asked     decoder (language layers, experts, cross)   tower and adapter
+========  ==========================================  ==========================
+int8      int8, one scale a row                       int8, one scale a row
+int4      int4, a scale and a zero for 128 weights    int8, one scale a row
+int4-all  int4, a scale and a zero for 128 weights    the same
+nf4       NF4 of bitsandbytes, a scale for 64         int8, one scale a row
+========  ==========================================  ==========================
 
 int4 takes groups of 32 where a row is no multiple of 128, and int8 where it is no multiple of 32
 either, or where the matrix has no multiple of 16 rows (the CPU kernel's unit).
@@ -19,89 +21,49 @@ A quantised folder is a released one in which ``weight`` of a matrix ``[N, K]`` 
     weight_int4   uint8[N, K / 2]   weight_scale  bfloat16[N, K / g]  w = (q - 8) * scale + zero
                                     weight_zero   bfloat16[N, K / g]  (even columns: low four bits)
 
-and whose config.json says so under :data:`KEY`.  It depends on no device; kernels are torchao's,
-and their packing, which differs between devices, is made while loading.
+and whose config.json says so under :data:`KEY`.  It depends on no device; the layers that compute
+with it, and their packing, which differs between devices, are made while loading
+(:mod:`cogvlm.linear`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import linear
 from .errors import CheckpointError, InputError, ResourceError
 from .models import shards
 from .models.checkpoint import report
+from .packed import kernels
 
-PRECISIONS = ("int8", "int4")
+PRECISIONS = ("int8", "int4", "int4-all")
+ON_LOADING = (*PRECISIONS, "nf4")  # nf4 is not written: bitsandbytes has files of its own
 KEY = "cogvlm_quantization"
 LAYOUT = 1
 
 Plan = dict[str, int]
-"""Names of the weights that are quantised, to the size of their groups; 0 means int8."""
+"""Names of the weights that are quantised, to the size of their groups; 0: int8, -1: NF4."""
 
 _INT8 = 0
+_NF4 = -1
 _GROUPS = (128, 32)
 _ROWS = 16  # the CPU kernel of int4 takes so many rows at once
+_BLOCK = 1 << 23  # weights that are rounded at once: some 100 MB of float32 beside them
 _VISION = re.compile(r"(^|\.)(cross_)?vision\.")  # towers and adapter, not the experts
 _PIECE = re.compile(r"(.+\.weight)_(int8|int4|scale|zero)")
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*LICENSE*", "*NOTICE*")
 _FILE_SIZE = 4_000_000_000  # bytes of one file of weights that is written
 _TINY = 1e-8
-
-
-class Int4Linear(nn.Linear):
-    """A linear layer over int4 weights; its product is in bfloat16, whatever comes in.
-
-    The kernels of both CPU and CUDA want bfloat16 (that of the CPU takes float32 too, at a
-    hundredth of the speed).
-    """
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
-        self.bias = plain.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``float[..., K]`` -> ``float[..., N]``, of the same dtype."""
-        y = F.linear(x.to(torch.bfloat16), self.weight).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-
-def backend() -> Any:
-    """The tensor types of torchao by name.
-
-    Raises:
-        ResourceError: torchao is not installed, or too old.
-    """
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:  # on the CPU it tells which of its CUDA kernels it cannot load
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torchao.prototype.quantization import int4
-            from torchao.quantization import Int4TilePackedTo4dTensor, Int8Tensor
-    except ImportError as error:
-        raise ResourceError(
-            "precision int8 and int4 need torchao 0.18 or later: pip install 'cogvlm[quant]' "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-    return {"int8": Int8Tensor, "cpu": int4.Int4OpaqueTensor, "cuda": Int4TilePackedTo4dTensor}
 
 
 def plan(model: nn.Module, precision: str) -> Plan:
@@ -116,8 +78,11 @@ def plan(model: nn.Module, precision: str) -> Plan:
 
 
 def _group(name: str, module: nn.Linear, precision: str) -> int:
-    if precision == "int8" or _VISION.search(name) or module.out_features % _ROWS:
+    eight = precision == "int8" or (precision != "int4-all" and _VISION.search(name))
+    if eight or module.out_features % _ROWS:
         return _INT8
+    if precision == "nf4":
+        return _NF4
     return next((size for size in _GROUPS if module.in_features % size == 0), _INT8)
 
 
@@ -126,7 +91,12 @@ def _group(name: str, module: nn.Linear, precision: str) -> int:
 
 def pieces(weight: Tensor, group: int) -> dict[str, Tensor]:
     """The tensors that stand for a matrix ``float[N, K]``, see the module."""
-    weight = weight.float()
+    rows = max(1, _BLOCK // weight.shape[1])
+    blocks = [_rounded(some.float(), group) for some in weight.split(rows)]
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _rounded(weight: Tensor, group: int) -> dict[str, Tensor]:
     if group == _INT8:
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / 127
         return {"int8": (weight / scale).round().to(torch.int8), "scale": scale}
@@ -138,11 +108,6 @@ def pieces(weight: Tensor, group: int) -> dict[str, Tensor]:
     steps = (parts - zero.float()[..., None]) / scale.float()[..., None]
     codes = (steps + 8).round().clamp(0, 15).to(torch.uint8).flatten(1)
     return {"int4": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale, "zero": zero}
-
-
-def _codes(packed: Tensor) -> Tensor:
-    """``uint8[N, K / 2]`` -> ``uint8[N, K]``, each 0 to 15."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
 
 
 def _shapes(rows: int, columns: int, group: int) -> dict[str, tuple[int, ...]]:
@@ -157,9 +122,10 @@ def _shapes(rows: int, columns: int, group: int) -> dict[str, tuple[int, ...]]:
 
 def quantise(model: nn.Module, precision: str) -> None:
     """Quantise a filled model where it is, matrix after matrix."""
+    types = linear.backend()
     for name, group in plan(model, precision).items():
         weight = model.get_parameter(name).detach()
-        _install(model, name, pieces(weight, group), weight.dtype)
+        install(model, name, weight, group, weight.dtype, types)
 
 
 def fill(
@@ -186,6 +152,7 @@ def fill(
         ResourceError: not enough memory, or no torchao.
     """
     files = list(files)
+    types = linear.backend()
     shards.fill(model, files, dtype, lambda n: "disk" if _weight(n) in groups else device)
     waiting: dict[str, dict[str, Tensor]] = {}
     for path in files:
@@ -193,20 +160,15 @@ def fill(
             weight = _weight(name)
             if weight not in groups:
                 continue
-            try:
+            with shards.room(device, path, "take a larger device"):
                 there = tensor.to(device=device, copy=True)
                 if name == weight:
-                    _install(model, weight, pieces(there, groups[weight]), dtype)
+                    install(model, weight, there, groups[weight], dtype, types)
                     continue
                 parts = waiting.setdefault(weight, {})
                 parts[name.rpartition("_")[2]] = there
                 if len(parts) == len(_shapes(1, 1, groups[weight])):
-                    _install(model, weight, waiting.pop(weight), dtype)
-            except torch.OutOfMemoryError as error:
-                raise ResourceError(
-                    f"not enough memory on {device} for the weights, at {path.name}; "
-                    "'cogvlm models' says what each needs: take a larger device"
-                ) from error
+                    _install(model, weight, waiting.pop(weight), dtype, types)
 
 
 def _weight(name: str) -> str:
@@ -215,45 +177,48 @@ def _weight(name: str) -> str:
     return found[1] if found else name
 
 
-def _install(model: nn.Module, name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    types = backend()
+def install(
+    model: nn.Module,
+    name: str,
+    weight: Tensor,
+    group: int,
+    dtype: torch.dtype,
+    types: linear.Types,
+) -> None:
+    """Quantise one matrix and put it into ``model``.
+
+    Args:
+        model: its other tensors are not looked at.
+        name: of the weight, one that :func:`plan` gives.
+        weight: ``float[N, K]``, on its device.
+        group: as :func:`plan` gives it.
+        dtype: of the activations.
+        types: what :func:`cogvlm.linear.backend` gives.
+    """
+    if group != _NF4:
+        _install(model, name, pieces(weight, group), dtype, types)
+        return
     place = name.removesuffix(".weight")
-    module = model.get_submodule(place)
-    assert isinstance(module, nn.Linear)
-    rows, columns = module.out_features, module.in_features
-    if "int8" in parts:
-        made = types["int8"](parts["int8"], parts["scale"], [1, columns], dtype)
-    else:
-        parent, _, own = place.rpartition(".")
-        module = Int4Linear(module)
-        setattr(model.get_submodule(parent), own, module)
-        device = parts["int4"].device.type
-        packed, scales = (_for_cuda if device == "cuda" else _for_cpu)(parts)
-        group = columns // parts["scale"].shape[1]
-        made = types[device](packed, scales, [1, group], torch.Size((rows, columns)))
-    module.weight = nn.Parameter(made, requires_grad=False)
+    plain: Any = model.get_submodule(place)
+    _put(model, place, kernels.quantised(plain, weight.to(dtype)))
 
 
-def _for_cpu(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    pack: Any = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-    return pack(_codes(parts["int4"]).int(), 1), _scales(parts["scale"], parts["zero"])
+def _install(
+    model: nn.Module,
+    name: str,
+    parts: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    types: linear.Types,
+) -> None:
+    place = name.removesuffix(".weight")
+    plain = model.get_submodule(place)
+    assert isinstance(plain, nn.Linear)
+    _put(model, place, linear.quantised(plain, parts, dtype, types))
 
 
-def _for_cuda(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Columns padded to a multiple of 1024 (scale zero: they count nothing), as torchao does."""
-    columns, groups = 2 * parts["int4"].shape[1], parts["scale"].shape[1]
-    missing = -columns % 1024
-    # Here the even columns are in the high four bits.
-    swapped = parts["int4"] << 4 | parts["int4"] >> 4
-    pack: Any = torch.ops.aten._convert_weight_to_int4pack
-    packed = pack(F.pad(swapped, (0, missing // 2)), 8)
-    more = (0, missing * groups // columns)
-    return packed, _scales(F.pad(parts["scale"], more), F.pad(parts["zero"], more))
-
-
-def _scales(scale: Tensor, zero: Tensor) -> Tensor:
-    """``bfloat16[K / g, N, 2]``, as the kernels take them."""
-    return torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()
+def _put(model: nn.Module, place: str, module: nn.Module) -> None:
+    parent, _, own = place.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
 
 
 # --- folders ---
@@ -288,7 +253,7 @@ def choose(asked: object, kept: str | None, where: str) -> str | None:
     Raises:
         InputError: the folder is stored in the other one.
     """
-    wanted = asked if isinstance(asked, str) and asked in PRECISIONS else None
+    wanted = asked if isinstance(asked, str) and asked in ON_LOADING else None
     if wanted and kept and wanted != kept:
         raise InputError(
             f"{where} is stored in {kept}, it cannot be loaded in {wanted}; leave the precision "
@@ -299,11 +264,14 @@ def choose(asked: object, kept: str | None, where: str) -> str | None:
 
 def refuse(precision: str, device: torch.device) -> None:
     """Raise :class:`ResourceError` if ``device`` has no kernel, or torchao is not installed."""
-    if precision == "int4" and device.type not in ("cpu", "cuda"):
+    if precision in ("int4", "int4-all") and device.type not in ("cpu", "cuda"):
         raise ResourceError(
-            f"precision int4 runs on cpu and cuda, not on {device.type}; take int8, or device cpu"
+            f"precision {precision} runs on cpu and cuda, not on {device.type}; take int8, or "
+            "device cpu"
         )
-    backend()
+    if precision == "nf4":
+        kernels.refuse(device)
+    linear.backend()
 
 
 def whole(
@@ -335,7 +303,7 @@ def whole(
 
 
 def _names(weight: str) -> list[str]:
-    return [f"{weight}_{part}" for part in (*PRECISIONS, "scale", "zero")]
+    return [f"{weight}_{part}" for part in ("int8", "int4", "scale", "zero")]
 
 
 def write(
