@@ -103,3 +103,57 @@ def test_impossible_schedules_are_refused() -> None:
         Schedule(steps=0)
     with pytest.raises(ConfigError, match="'sawtooth' is not"):
         Schedule(steps=1, decay="sawtooth")
+
+
+def test_the_mean_is_what_is_measured_and_the_weights_go_on(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    loop = Loop(Line(), replace(PLAN, ema=0.5), tmp_path)
+    name = next(iter(loop.trainable()))
+    mean = loop.trainable()[name].clone()
+    for step, batch in zip(range(4), Line().batches(0), strict=False):
+        loop.one_step(batch)
+        share = min(0.5, (1 + step) / (10 + step))
+        mean = share * mean + (1 - share) * loop.trainable()[name]
+    own = loop.trainable()[name].clone()
+    with loop.averaged():
+        torch.testing.assert_close(loop.trainable()[name], mean)
+        assert not torch.equal(loop.trainable()[name], own)
+    assert torch.equal(loop.trainable()[name], own)
+    loop.save()
+    with pytest.raises(CheckpointError, match="made by another model or recipe"):
+        Loop(Line(), PLAN, tmp_path).resume()
+    again = Loop(Line(), replace(PLAN, ema=0.5), tmp_path)
+    assert again.resume()
+    with again.averaged():
+        torch.testing.assert_close(again.trainable()[name], mean)
+
+
+def test_lines_of_steps_that_are_made_again_are_forgotten(tmp_path: Path) -> None:
+    from cogvlm.train.log import Log
+
+    log = Log(tmp_path)
+    for step in (1, 2, 3):
+        log({"step": step, "loss": 1.0 / step})
+    log.path.write_text(log.path.read_text() + '{"step": 4, "lo')  # torn by a kill
+    log.rewind(2)
+    assert [line["step"] for line in log.lines()] == [1, 2]
+    log.rewind(0)
+    assert log.lines() == []
+
+
+def test_figures_reach_the_trackers(tmp_path: Path) -> None:
+    class Notes:
+        def __init__(self) -> None:
+            self.kept: list[tuple[int, dict[str, float]]] = []
+            self.closed = False
+
+        def add(self, step: int, figures: dict[str, float]) -> None:
+            self.kept.append((step, figures))
+
+        def close(self) -> None:
+            self.closed = True
+
+    notes = Notes()
+    Loop(Line(), PLAN, tmp_path, trackers=[notes]).run()
+    assert notes.closed and {"loss", "eval_norm"} <= {k for _, f in notes.kept for k in f}

@@ -16,9 +16,13 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
 def test_recipe_loads(path: Path) -> None:
     loaded = recipe.load(path)
-    assert loaded.stage in stages.STAGES
     assert loaded.name == path.stem
-    assert loaded.model_config.vision.hidden_size > 0
+    if isinstance(loaded, recipe.TuneRecipe):
+        assert loaded.stage == "tune" and Path(loaded.base) == path.parent
+        assert loaded.lora is not None
+    else:
+        assert loaded.stage in stages.STAGES
+        assert loaded.model_config.vision.hidden_size > 0
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -46,6 +50,7 @@ def test_wrong_recipes_name_what_is_wrong(tmp_path: Path, text: str, message: st
 def test_settings_override_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "stage: read\nschedule: {steps: 5}")
     changed = recipe.load(path, ["schedule.steps=9", "config.expert_rank=2", "init=[a, b]"])
+    assert isinstance(changed, recipe.Recipe)
     assert changed.schedule.steps == 9
     assert changed.model_config.expert_rank == 2
     assert changed.init == ("a", "b")

@@ -1,25 +1,29 @@
 """The one training loop and its one step: any objective, exactly resumable.
 
 Knows nothing about pictures, text or experts: an :class:`Objective` brings batches and a loss.
-Batch ``i`` is a pure function of the recipe and ``i``, so a run that was killed and resumed sees
-what the unbroken run would have seen.
+Batch ``i`` is a pure function of the recipe and ``i``, and so is the chance (of dropout) that step
+``i`` meets: a run that was killed and resumed sees what the unbroken run would have seen.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from .average import Average
+from .compute import Compute
+from .log import Log, Tracker
 from .muon import Muon
 
 
@@ -30,6 +34,9 @@ class Schedule:
     ``lr`` rises linearly over ``warmup`` steps, then follows ``decay`` down to
     ``lr * final`` at ``steps``.  With ``optimizer="muon"`` the matrices inside layers are Muon's,
     the rest is AdamW's, at the same learning rate.
+
+    With ``ema`` the mean of the trained parameters is what is evaluated and exported.  With
+    ``keep_best`` that is the state with the lowest held-out loss, else the last one.
     """
 
     steps: int
@@ -45,10 +52,19 @@ class Schedule:
     save_every: int = 250
     eval_every: int = 500
     log_every: int = 20
+    ema: float = 0.0  # decay a step of the exponential mean; 0: no mean
+    keep: int = 1  # checkpoints; all but the last are named after their step
+    keep_best: bool = False  # also best.pt, by eval_loss, and export that
+    eval_first: bool = False  # before the first step too
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"schedule: steps is {self.steps}; give 1 or more")
+        counts = ("steps", "keep", "save_every", "eval_every", "log_every")
+        for name in counts:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"schedule: {name} is {value!r}; give 1 or more")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"schedule: ema is {self.ema}; give 0 or more, below 1")
         if self.optimizer not in ("adamw", "muon"):
             raise ConfigError(f"schedule: optimizer {self.optimizer!r} is not adamw or muon")
         if self.decay not in ("cosine", "linear", "constant"):
@@ -90,13 +106,40 @@ class Objective(Protocol):
         """What the learning rate is multiplied with for the parameter ``name``."""
         ...
 
-    def evaluate(self) -> dict[str, float]:
-        """Figures on material that never trains."""
+    def evaluate(self) -> dict[str, Any]:
+        """Figures on material that never trains, plain JSON."""
         ...
 
     def export(self, folder: Path) -> None:
         """Write the trained tensors where the next stage, or the model, reads them."""
         ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """An objective that says where in its data it stands, and that decays parts differently."""
+
+    def weight_decay(self, name: str) -> float | None:
+        """Of a parameter, none for the schedule's."""
+        ...
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Plain JSON, for the checkpoint made before ``step``."""
+        ...
+
+    def resume(self, step: int, position: dict[str, Any]) -> None:
+        """Go on from there; raise where the data are others."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A batch that comes in pieces: their losses, and their figures, add up to its own.
+
+    One piece is in memory at a time.
+    """
+
+    pieces: Sequence[Any]
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -113,7 +156,9 @@ def optimizers(objective: Objective, plan: Schedule) -> list[torch.optim.Optimiz
     for name, parameter in objective.trained.named_parameters():
         if parameter.requires_grad:
             muon = plan.optimizer == "muon" and is_hidden_matrix(name, parameter)
-            decay = plan.weight_decay if parameter.ndim > 1 else 0.0
+            own = objective.weight_decay(name) if isinstance(objective, Placed) else None
+            decay = plan.weight_decay if own is None else own
+            decay = decay if parameter.ndim > 1 else 0.0
             groups.setdefault((muon, objective.lr_scale(name), decay), []).append(parameter)
     sides: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     for (muon, scale, decay), params in groups.items():
@@ -131,14 +176,39 @@ class Loop:
     """Runs an objective to the end of its schedule, writing ``out`` as it goes.
 
     ``out`` holds ``log.jsonl`` (a line per ``log_every`` steps), ``checkpoint.pt`` (written
-    atomically) and, at the end, what the objective exports.
+    atomically) and, at the end, ``loss.svg`` and what the objective exports.
+
+    Args:
+        objective: what is trained.
+        schedule: how.
+        out: a folder, made if need be.
+        seed: of what chance a step meets.
+        compute: in what numbers; none: float32, where the parameters are.
+        trackers: that get every figure of the log too.
     """
 
-    def __init__(self, objective: Objective, schedule: Schedule, out: Path) -> None:
-        self.objective, self.schedule, self.out = objective, schedule, out
+    def __init__(
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        out: Path,
+        seed: int = 0,
+        compute: Compute | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.objective, self.schedule, self.out, self.seed = objective, schedule, out, seed
         self.step = 0
         self.optimizers = optimizers(objective, schedule)
+        self.params = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        if not self.params:
+            raise ConfigError("nothing trains: give a part or a LoRA a learning rate above 0")
+        self.compute = compute or Compute(self.params[0].device)
+        self.average = Average(self.trainable(), schedule.ema) if schedule.ema else None
+        self.best: float | None = None
+        self.sums: dict[str, float] = {}  # of the steps since the last line of the log
+        self.count = 0
         out.mkdir(parents=True, exist_ok=True)
+        self.log = Log(out, trackers)
 
     @property
     def checkpoint(self) -> Path:
@@ -150,76 +220,121 @@ class Loop:
         named = self.objective.trained.named_parameters()
         return {name: p.detach() for name, p in named if p.requires_grad}
 
+    # --- checkpoints ---
+
     def save(self) -> None:
         """Write the checkpoint; a kill at any moment leaves the old one or the new one."""
+        place = self.objective
         state = {
             "step": self.step,
             "model": self.trainable(),
             "optimizers": [o.state_dict() for o in self.optimizers],
+            "average": self.average.values if self.average else {},
+            "compute": self.compute.state(),
+            "position": place.position(self.step) if isinstance(place, Placed) else {},
+            "best": self.best,
+            "log": (self.sums, self.count),
         }
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint)
+        if self.schedule.keep > 1 and self.checkpoint.exists():
+            self._put_aside()
+        _write(state, self.checkpoint)
+
+    def _put_aside(self) -> None:
+        """Give the checkpoint a name of its own; drop those beyond ``keep``."""
+        step = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"]
+        own = self.out / f"checkpoint-{step:08d}.pt"
+        if step != self.step and not own.exists():
+            try:
+                os.link(self.checkpoint, own)
+            except OSError:  # a file system without links
+                shutil.copyfile(self.checkpoint, own)
+        for old in sorted(self.out.glob("checkpoint-*.pt"))[: 1 - self.schedule.keep]:
+            old.unlink()
 
     def resume(self) -> bool:
         """Take up the checkpoint if there is one; says whether there was.
 
         Raises:
             CheckpointError: it belongs to another model.
+            ConfigError: the data have changed.
         """
         if not self.checkpoint.exists():
             return False
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         mine = self.trainable()
         kept = state.get("optimizers", ())
-        if set(mine) != set(state["model"]) or len(kept) != len(self.optimizers):
+        means = state.get("average", {})
+        if (
+            set(mine) != set(state["model"])
+            or len(kept) != len(self.optimizers)
+            or set(means) != (set(mine) if self.average else set())
+        ):
             raise CheckpointError(
                 f"{self.checkpoint}: made by another model or recipe; choose another --out, "
                 "or begin anew with --fresh"
             )
-        with torch.no_grad():
-            for name, value in state["model"].items():
-                mine[name].copy_(value)
+        self._take(state["model"])
         for optimizer, values in zip(self.optimizers, kept, strict=True):
             optimizer.load_state_dict(values)
+        if self.average:
+            self.average.take(means)
         self.step = int(state["step"])
+        self.compute.resume(state.get("compute", {}))
+        if isinstance(self.objective, Placed):
+            self.objective.resume(self.step, state["position"])
+        self.best = state.get("best")
+        self.sums, self.count = state.get("log", ({}, 0))
         return True
 
+    def _take(self, values: dict[str, Tensor]) -> None:
+        mine = self.trainable()
+        with torch.no_grad():
+            for name, value in values.items():
+                mine[name].copy_(value)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the parameters are their exponential means, where the schedule asks for it."""
+        return self.average.used(self.trainable()) if self.average else nullcontext()
+
+    # --- steps ---
+
     def one_step(self, batch: Any) -> dict[str, float]:
-        """Forward, backward, clip, update."""
-        groups = [group for o in self.optimizers for group in o.param_groups]
-        for group in groups:
+        """Forward and backward of every piece, clip, update."""
+        for group in (group for o in self.optimizers for group in o.param_groups):
             group["lr"] = self.schedule.lr * group["scale"] * self.schedule.factor(self.step)
-        params = [p for group in groups for p in group["params"]]
-        loss, figures = self.objective.loss(batch)
-        for p in params:
+        for p in self.params:
             p.grad = None
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, self.schedule.clip)
-        if not torch.isfinite(norm):
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        figures: dict[str, float] = {"loss": 0.0}
+        for piece in batch.pieces if isinstance(batch, Pieces) else (batch,):
+            with self.compute.forward():
+                loss, more = self.objective.loss(piece)
+            self.compute.backward(loss)
+            for key, value in {"loss": float(loss.detach()), **more}.items():
+                figures[key] = figures.get(key, 0.0) + value
+        norm = self.compute.update(self.optimizers, self.params, self.schedule.clip)
+        if norm is None and self.compute.kind != "fp16":
             raise CheckpointError(
                 f"step {self.step}: the gradient is not finite; resume from {self.checkpoint} "
                 "with a lower schedule.lr"
             )
-        for optimizer in self.optimizers:
-            optimizer.step()
+        if self.average:
+            self.average.add(self.trainable(), self.step)
         self.step += 1
-        return {"loss": float(loss.detach()), "grad_norm": float(norm), **figures}
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Append a line to ``log.jsonl`` and print it."""
-        line = json.dumps(
-            {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
-        )
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as f:
-            f.write(line + "\n")
-        print(line, flush=True)
+        return {**figures, "grad_norm": norm or 0.0}
 
     def evaluate(self) -> None:
-        """Log the objective's figures on held-out material."""
+        """Log the objective's figures on held-out material; keep the state if it is the best."""
         self.objective.trained.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.averaged(), self.compute.forward():
             figures = self.objective.evaluate()
+            loss = figures.get("loss")
+            if self.schedule.keep_best:
+                if loss is None:
+                    raise ConfigError("schedule: keep_best needs held-out data; give held_out")
+                if self.best is None or loss < self.best:
+                    self.best = loss
+                    _write({"step": self.step, "model": self.trainable()}, self.out / "best.pt")
         self.objective.trained.train()
         if figures:
             self.log({"step": self.step, **{f"eval_{k}": v for k, v in figures.items()}})
@@ -227,32 +342,53 @@ class Loop:
     def run(self) -> None:
         """Train from the current step to the last, then evaluate and export."""
         plan = self.schedule
+        self.log.rewind(self.step)
         self.objective.trained.train()
-        mean: dict[str, float] = {}
-        count, since = 0, time.monotonic()
+        if plan.eval_first and self.step == 0:
+            self.evaluate()
+        since, steps = time.monotonic(), 0
         try:
             for batch in self.objective.batches(self.step):
                 if self.step >= plan.steps:
                     break
                 for key, value in self.one_step(batch).items():
-                    mean[key] = mean.get(key, 0.0) + value
-                count += 1
+                    self.sums[key] = self.sums.get(key, 0.0) + value
+                self.count, steps = self.count + 1, steps + 1
                 if self.step % plan.log_every == 0:
-                    seconds = time.monotonic() - since
-                    left = (plan.steps - self.step) * seconds / count
-                    figures = {k: v / count for k, v in mean.items()}
-                    self.log(
-                        {"step": self.step, **figures, "s_step": seconds / count, "left_s": left}
-                    )
-                    mean, count, since = {}, 0, time.monotonic()
+                    pace = (time.monotonic() - since) / steps
+                    means = {k: v / self.count for k, v in self.sums.items()}
+                    left = (plan.steps - self.step) * pace
+                    self.log({"step": self.step, **means, "s_step": pace, "left_s": left})
+                    self.sums, self.count = {}, 0
+                    since, steps = time.monotonic(), 0
                 if self.step % plan.eval_every == 0 and self.step < plan.steps:
                     self.evaluate()
-                    since = time.monotonic()
-                if self.step % plan.save_every == 0:
+                    since, steps = time.monotonic(), 0
+                if self.step % plan.save_every == 0 and self.step < plan.steps:
                     self.save()
         except KeyboardInterrupt:
             self.save()
             raise
         self.save()
-        self.evaluate()
-        self.objective.export(self.out)
+        if not self.log.measured(self.step):  # it is where a finished run is called again
+            self.evaluate()
+        self.finish()
+
+    def finish(self) -> None:
+        """Export the best or the last state, averaged if asked, and draw the losses."""
+        with self.averaged():
+            if self.schedule.keep_best:
+                best = torch.load(self.out / "best.pt", map_location="cpu", weights_only=True)
+                last = {name: value.clone() for name, value in self.trainable().items()}
+                self._take(best["model"])
+                self.objective.export(self.out)
+                self._take(last)
+            else:
+                self.objective.export(self.out)
+        self.log.close()
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)

@@ -58,6 +58,113 @@ class Recipe:
         return preset(self.model, **self.config)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of the model that is trained whole."""
+
+    lr: float = 1.0  # times schedule.lr; 0 freezes it
+    weight_decay: float | None = None  # none: schedule.weight_decay
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRAs beside frozen weights."""
+
+    targets: tuple[str, ...]  # see cogvlm.adapter.TARGETS
+    rank: int = 16
+    alpha: float | None = None  # none: the rank
+    dropout: float = 0.0
+    lr: float = 1.0  # times schedule.lr
+    weight_decay: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.targets, tuple) or not self.targets:
+            raise ConfigError(f"lora: targets is {self.targets!r}; give a list of names")
+        if type(self.rank) is not int or self.rank < 1:
+            raise ConfigError(f"lora: rank is {self.rank!r}; give 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora: dropout is {self.dropout}; give 0 or more, below 1")
+        if not self.lr > 0:
+            raise ConfigError(f"lora: lr is {self.lr}; give more than 0, or leave lora out")
+
+
+@dataclass(frozen=True)
+class TuneRecipe:
+    """What a recipe file of stage "tune" holds; what neither parts nor lora name is frozen."""
+
+    stage: str
+    schedule: Schedule
+    data: tuple[Any, ...]  # entries of cogvlm.data.sft.Mix.open
+    name: str = "run"
+    seed: int = 0
+    model: str = "nano"  # name, folder or hub name
+    tokenizer: str | None = None
+    precision: str = "auto"  # of what is frozen: see cogvlm.load
+    compute: str = "auto"  # fp32 | bf16 | fp16; auto: fp32 for float32 weights, else bf16
+    checkpointing: bool = False  # keep no activations inside the layers
+    parts: dict[str, Part] = field(default_factory=dict)  # adapter, experts, tower, cross, language
+    lora: Lora | None = None
+    held_out: float = 0.1  # share of the records that measures and never trains
+    batch_size: int = 8  # rows in memory at once
+    accumulate: int = 1  # micro-batches a step
+    max_tokens: int | None = None  # of a row
+    too_long: str = "drop"  # drop | cut
+    eval_count: int = 64  # held-out records whose loss is measured
+    eval_answers: int = 32  # of these, that are answered
+    max_new_tokens: int = 64  # of an answer
+    samples: int = 4  # answers in the log
+    workers: int = 1  # processes that prepare rows
+    track: tuple[str, ...] = ()  # tensorboard, wandb
+    device: str = "auto"
+    base: str = "."  # folder where relative paths of the data begin: that of the recipe
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("eval_count", 0),
+            ("eval_answers", 0),
+            ("max_new_tokens", 1),
+            ("samples", 0),
+            ("workers", 0),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} is {value!r}; give {least} or more")
+        if self.max_tokens is not None and (
+            type(self.max_tokens) is not int or self.max_tokens < 2
+        ):
+            raise ConfigError(f"max_tokens is {self.max_tokens!r}; give 2 or more, or leave it out")
+        if self.too_long not in ("drop", "cut"):
+            raise ConfigError(f"too_long is {self.too_long!r}; give drop or cut")
+        if self.precision in ("float16", "fp16"):
+            raise ConfigError("precision float16 cannot train; take bfloat16, or compute: fp16")
+        if self.compute not in ("auto", "fp32", "bf16", "fp16"):
+            raise ConfigError(f"compute is {self.compute!r}; give auto, fp32, bf16 or fp16")
+
+
+def _tune(values: dict[str, Any], path: Path) -> TuneRecipe:
+    """A recipe of stage "tune" from checked keys."""
+    from ..adapter import PARTS
+
+    if not isinstance(values.get("data"), list) or not values["data"]:
+        raise ConfigError(
+            f"{path}: data is {values.get('data')!r}; give a list of files or folders"
+        )
+    parts = values.get("parts") or {}
+    if not isinstance(parts, dict):
+        raise ConfigError(f"{path}: parts is {parts!r}; give names and their settings")
+    refuse_unknown(parts, PARTS, f"{path}: parts")
+    values["parts"] = {k: build(Part, v or {}, f"{path}: parts.{k}") for k, v in parts.items()}
+    if values.get("lora") is not None:
+        values["lora"] = build(Lora, values["lora"], f"{path}: lora")
+    values.setdefault("base", str(path.parent))
+    made = build(TuneRecipe, values, str(path))
+    if not made.parts and made.lora is None:
+        raise ConfigError(f"{path}: nothing trains; name parts, a lora, or both")
+    return made
+
+
 def build(kind: Callable[..., T], values: Any, where: str) -> T:
     """A frozen dataclass from plain YAML values.
 
@@ -95,7 +202,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> None:
         target[last] = yaml.safe_load(text)
 
 
-def load(path: Path, assignments: list[str] | None = None) -> Recipe:
+def load(path: Path, assignments: list[str] | None = None) -> Recipe | TuneRecipe:
     """Read and check a recipe file.
 
     Raises:
@@ -110,8 +217,11 @@ def load(path: Path, assignments: list[str] | None = None) -> Recipe:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a file of keys and values")
     override(values, assignments or [])
-    refuse_unknown(values, [f.name for f in fields(Recipe)], str(path))
+    kind = TuneRecipe if values.get("stage") == "tune" else Recipe
+    refuse_unknown(values, [f.name for f in fields(cast(Any, kind))], str(path))
     values["schedule"] = build(Schedule, values.get("schedule", {}), f"{path}: schedule")
+    if kind is TuneRecipe:
+        return _tune(values, path)
     if "data" in values:
         values["data"] = build(LineData, values["data"], f"{path}: data")
     return build(Recipe, values, str(path))

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..data.render import HELD_OUT_SEED, line_stream
 from ..errors import ConfigError
 from ..hub import language_model
-from ..load import compose, language_tensors, skeleton
+from ..load import compose, language_tensors
+from ..models.build import skeleton
 from ..models.checkpoint import is_vision, read_safetensors
 from ..models.vision import VisionModel
 from ..processor import Processor
