@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.families import family, picture
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
 KEYS = {"name", "commit", "quick", "machine", "clock", "dtype", "sizes", "max_abs_difference"}
@@ -65,6 +67,85 @@ def test_quick_run_ends_with_one_json_line_and_both_sides_agree(name: str) -> No
     assert all(math.isfinite(r["ratio"]) and r["ratio"] > 0 for r in line["ratios"].values())
 
 
+def test_a_quantised_model_is_built_and_measured() -> None:
+    sizes = ["--layers", "2", "--tower-layers", "1", "--image", "84", "--tokens", "3"]
+    done = quick("full_size", *sizes, "--precision", "int4-all", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert (line["name"], line["quick"], line["prompt_tokens"]) == ("full_size", True, 1 + 11 + 12)
+    # The arithmetic of 'cogvlm models' against the tensors that are there.
+    assert line["weights_measured_over_said"] == pytest.approx(1, abs=0.01)
+    assert line["peak_gb"] >= line["before_gb"] > 0
+    seconds = line["seconds"]
+    assert seconds["first_token"] == pytest.approx(
+        seconds["tower"] + seconds["adapter"] + seconds["prefill"], rel=0.01
+    )
+    assert all(value > 0 for value in (*seconds.values(), *line["rate"].values()))
+    assert line["operations_to_first_token"] > 1e7
+    assert "goal" not in line and "extrapolated" not in line
+    assert quick("full_size", "--image", "100").returncode == 2
+
+
+def test_errors_of_precisions_are_in_order() -> None:
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "precision.py"), str(ROOT / "tests/parity/glm_4v")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["relative_error"]["glm_4v"]
+    assert 0 < found["float16"] < found["bfloat16"] < found["int8"] < found["int4"] < 0.5
+    assert found["int4"] < found["int4-all"] < 0.8
+
+
+def run_on_toy(
+    module: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> dict[str, Any]:
+    """The line of a benchmark that loads a model, with a toy in its place."""
+    loaded = family("cogvlm2")
+    loaded.model.lm_head.weight = loaded.model.model.embed_tokens.weight  # as nano has it
+    monkeypatch.setattr(module, "load", lambda name, dtype: loaded)
+    monkeypatch.setattr(module.transformers.logging, "set_verbosity_error", lambda: None)
+    monkeypatch.setattr(sys, "argv", [str(module.__file__), *options])
+    assert module.main() == 0
+    line: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["agree"] is True
+    assert all(t["median"] > 0 for t in line["milliseconds"].values())
+    return line
+
+
+def test_serving_compares_one_with_many_and_a_turn_with_the_next(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for i in range(5):
+        picture(i).save(tmp_path / f"{i}.png")
+    options = [
+        "--pictures",
+        str(tmp_path),
+        *["--conversations", "3", "--tokens", "4", "--repeats", "1"],
+    ]
+    line = run_on_toy(modules["serving"], options, monkeypatch, capsys)
+    assert set(line["ratios"]) == set(line["goals"]) == {"together", "second_turn"}
+    assert 1 < line["mean_batch"] <= 3
+    assert 0 < line["second_turn_tokens"]["reused"] < line["second_turn_tokens"]["prompt"]
+
+
+def test_decoding_is_that_of_transformers_own_llama(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    options = ["--precisions", "float32", "--tokens", "5", "--repeats", "2"]
+    line = run_on_toy(modules["decode"], options, monkeypatch, capsys)
+    assert set(line["tokens_a_second"]) == {
+        "llama_float32",
+        "llama_bfloat16",
+        "model_float32",
+        "engine_float32",
+    }
+    assert set(line["ratios"]) == set(line["tokens_a_second"]) - {"llama_float32"}
+
+
 def test_a_prompt_without_text_is_refused() -> None:
     done = quick("routing", "--image", "39")
     assert done.returncode == 2
@@ -75,11 +156,13 @@ def test_a_prompt_without_text_is_refused() -> None:
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
     import common
+    import decode
     import released_way
     import routing
+    import serving
     import sides
 
-    return {m.__name__: m for m in (common, released_way, routing, sides)}
+    return {m.__name__: m for m in (common, decode, released_way, routing, serving, sides)}
 
 
 @torch.inference_mode()

@@ -44,7 +44,7 @@ OPTIONS = {
     "data show": """path --count --seed --format --images --question --allow-outside --json""",
     "serve": """--model --tokenizer --name --host --port --slots --queue --max-tokens --max-images
         --max-pixels --max-body-mb --max-seconds --api-key --cors --allow-url --grace --precision
-        --device --allow-pickle --quiet""",
+        --device --allow-pickle --base-url --api-key-env --max-side --quiet""",
     "models": "names --json",
     "doctor": "--json",
 }

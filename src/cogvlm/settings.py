@@ -28,19 +28,20 @@ class GenerationSettings:
     repetition_stop: bool = True  # end an answer that repeats itself, and keep one copy
 
     def __post_init__(self) -> None:
-        _require("max_new_tokens", self.max_new_tokens, int, 1, math.inf)
-        _require("temperature", self.temperature, (int, float), 0.0, 100.0)
-        _require("top_p", self.top_p, (int, float), 0.0, 1.0)
-        _require("top_k", self.top_k, int, 0, math.inf)
+        require("max_new_tokens", self.max_new_tokens, int, 1, math.inf)
+        require("temperature", self.temperature, (int, float), 0.0, 100.0)
+        require("top_p", self.top_p, (int, float), 0.0, 1.0)
+        require("top_k", self.top_k, int, 0, math.inf)
         if self.top_p == 0.0:
             raise ConfigError("top_p=0 leaves no token; for greedy decoding say temperature=0")
         if self.seed is not None:
-            _require("seed", self.seed, int, 0, 2**63 - 1)
+            require("seed", self.seed, int, 0, 2**63 - 1)
         if not isinstance(self.repetition_stop, bool):
             raise ConfigError(f"repetition_stop={self.repetition_stop!r} is not true or false")
 
 
-def _require(name: str, value: Any, kind: Any, low: float, high: float) -> None:
+def require(name: str, value: Any, kind: Any, low: float, high: float) -> None:
+    """Raise :class:`ConfigError` if a setting is of another kind or out of its range."""
     if isinstance(value, bool) or not isinstance(value, kind):
         wanted = "a whole number" if kind is int else "a number"
         raise ConfigError(f"{name}={value!r} is not {wanted}")

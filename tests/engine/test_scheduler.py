@@ -74,9 +74,9 @@ class Fake:
 class Bench:
     """A scheduler over a fake, and what was asked of it."""
 
-    def __init__(self, slots: int = 2, most: int = 9) -> None:
+    def __init__(self, slots: int = 2, most: int = 9, prefill: int = 1) -> None:
         self.fake = Fake()
-        self.scheduler = Scheduler(self.fake, slots, most)
+        self.scheduler = Scheduler(self.fake, slots, most, prefill)
 
     def ask(self, text: str, limit: int = 99) -> Ticket:
         ids = np.array(Bytes().encode(text), dtype=np.int64)
@@ -156,6 +156,52 @@ def test_those_that_wait_are_taken_in_their_order_one_prefill_a_step() -> None:
     starts = [i for i, line in enumerate(bench.fake.log) if line.startswith("start")]
     assert [bench.fake.log[i][-3:] for i in starts] == ["aaa", "bbb", "ccc", "ddd"]
     assert all(b - a > 1 for a, b in pairwise(starts))
+
+
+def test_short_ones_join_together_as_far_as_the_budget_goes() -> None:
+    bench = Bench(slots=4, prefill=6)
+    for text in ("aaa", "bbb", "cc", "ddddddddd", "eee"):
+        bench.ask(text)
+    bench.scheduler.turn()
+    assert bench.fake.log == ["start aaa", "start bbb", "step aaa+bbb"]
+    bench.scheduler.turn()  # what does not fit beside cc waits, and nobody overtakes it
+    assert bench.fake.log[3:] == ["start cc", "step aaa+bbb+cc"]
+    bench.scheduler.turn()  # alone, one may be longer than the budget
+    assert bench.fake.log[5] == "start ddddddddd"
+    bench.run()
+    assert bench.scheduler.tally.finished == 5
+
+
+def test_what_is_known_from_before_does_not_use_up_the_budget() -> None:
+    bench = Bench(slots=4, prefill=6)
+    start = bench.fake.start
+
+    def known(prompt: Encoded) -> tuple[Seat, Tensor]:
+        seat, scores = start(prompt)
+        seat.reused = len(prompt.input_ids) - 1
+        return seat, scores
+
+    bench.fake.start = known  # type: ignore[method-assign]
+    for text in ("aaaa", "bbbb", "cccc", "dddd"):
+        bench.ask(text)
+    bench.scheduler.turn()  # 1 + 1 + 4 <= 6 < 3 + 4
+    assert bench.fake.log == ["start aaaa", "start bbbb", "start cccc", "step aaaa+bbbb+cccc"]
+
+
+def test_failing_newcomers_use_up_the_budget_and_cancelled_ones_do_not() -> None:
+    bench = Bench(slots=4, prefill=4)
+
+    def trouble(what: str, texts: list[str]) -> None:
+        if texts == ["bad"]:
+            raise KeyError("from inside")
+
+    bench.fake.trouble = trouble
+    bad, good = bench.ask("bad"), bench.ask("good")
+    bench.scheduler.turn()
+    assert bad.complete
+    assert bench.fake.log == []
+    bench.run()
+    assert said(good) == "good"
 
 
 def test_the_queue_has_an_end_and_rows_are_never_more_than_slots() -> None:

@@ -26,7 +26,7 @@ from cogvlm.engine import (
     generate,
 )
 from cogvlm.engine.service import MIB
-from cogvlm.errors import ConfigError, InputError, ResourceError
+from cogvlm.errors import ConfigError, InputError
 from cogvlm.load import Loaded
 from cogvlm.processor import Encoded, FastTokenizer, Processor, assistant, get_template, user
 from engine.families import FAMILIES, family, picture, prompts
@@ -301,7 +301,7 @@ def test_a_grammar_that_cannot_be_compiled_is_refused(grammar: Grammar, named: s
 
 
 def test_a_tokenizer_that_no_grammar_can_read(toy: Loaded, engine: Engine) -> None:
-    with pytest.raises(ResourceError, match="the tokenizer is a Bytes"):
+    with pytest.raises(InputError, match="the tokenizer is a Bytes"):
         engine.submit(prompts(toy)[0], Sampling(grammar=Grammar("json_object")))
 
 

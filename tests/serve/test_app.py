@@ -51,7 +51,8 @@ def test_the_page_is_served_and_may_load_nothing_from_elsewhere(tmp_path: Path) 
     assert page.text == "<h1>page</h1>"
     assert page.headers["content-security-policy"].startswith("default-src 'self';")
     assert client.get("/js/a.js").headers["content-type"].startswith("text/javascript")
-    assert client.get("/api/about").json()["backend"] == "local"
+    about = client.get("/api/about").json()
+    assert (about["backend"], about["where"], about["model"]) == ("local", None, MODEL)
     for path in ("/nothing.html", "/..%2f..%2fpyproject.toml", "/js/%2e%2e/%2e%2e/x", "/%00"):
         assert client.get(path).status_code == 404
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"

@@ -181,7 +181,7 @@ def test_a_client_that_leaves_ends_its_answer(stream: bool) -> None:
         sock.close()
         until(lambda: engine.tickets[-1].complete)
         assert engine.stops == ["length", "cancelled"]
-        until(lambda: desk.inflight == 0 and not desk._running)
+        until(lambda: desk.inflight == 0 and not desk.running)
 
 
 @pytest.mark.parametrize("stream", [False, True])

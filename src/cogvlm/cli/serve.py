@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import closing
+from dataclasses import replace
+from socket import socket
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ResourceError
+from .backends import BaseUrlOption, KeyOption, SideOption, endpoint_of, refuse_remote
 from .shared import (
     DeviceOption,
     ModelOption,
@@ -24,6 +28,8 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
+    from ..load import Loaded
+    from ..remote import Endpoint
     from ..serve import Settings
 
 _KEYS = "COGVLM_API_KEYS"
@@ -32,6 +38,7 @@ _KEYS = "COGVLM_API_KEYS"
 @app.command()
 @plain_errors
 def serve(
+    context: typer.Context,
     model: ModelOption = "nano",
     tokenizer: TokenizerOption = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
@@ -58,18 +65,22 @@ def serve(
     precision: PrecisionOption = Precision.auto,
     device: DeviceOption = "auto",
     allow_pickle: PickleOption = False,
+    base_url: BaseUrlOption = None,
+    api_key_env: KeyOption = "OPENAI_API_KEY",
+    max_side: SideOption = 2048,
     quiet: Annotated[bool, typer.Option("--quiet", help="No line for every request.")] = False,
 ) -> None:
-    """Serve a model to OpenAI's and Ollama's clients, and to a browser."""
+    """Serve a model to OpenAI's and Ollama's clients, and to a browser.
+
+    With --base-url no model is loaded: requests are handed on to the server there.
+    """
     quiet_libraries()
     try:
-        from ..serve import Desk, Limits, Server, Settings, UrlRules, bind, build, facts_of
+        from ..serve import Limits, Settings, UrlRules, bind
     except ImportError as error:
         raise ResourceError(
             f"serving needs {error.name}; install it with: pip install 'cogvlm[serve]'"
         ) from None
-    from ..engine.service import Engine
-
     limits = Limits(
         body_bytes=max_body_mb * 2**20,
         pixels=max_pixels,
@@ -81,16 +92,43 @@ def serve(
     urls = UrlRules(frozenset(host.lower() for host in allow_url or ()))
     settings = Settings(limits, urls, _keys(api_key), tuple(cors or ()), grace)
     _plain_logs(quiet)
+    if not base_url:
+        refuse_remote(context)
     sock = bind(host, port)
+    _warn_if_open(host, settings)
+    if base_url:
+        endpoint = endpoint_of(context, model, base_url, api_key_env, max_side)
+        _serve_remote(endpoint, name, settings, slots, sock)
+        return
     loaded = load(model, precision, device, tokenizer, allow_pickle)
+    _serve_local(loaded, name, settings, slots, queue, sock)
+
+
+def _serve_local(
+    loaded: Loaded, name: str | None, settings: Settings, slots: int, queue: int, sock: socket
+) -> None:
+    from ..engine.service import Engine
+    from ..serve import Desk, Server, build, facts_of
+
     engine = Engine(loaded, slots=slots, queue=queue)
     try:
         desk = Desk(engine, loaded.processor, facts_of(loaded, name), settings)
-        server = Server(build(desk), desk, sock, lambda url: _announce(desk.facts.name, url))
-        _warn_if_open(host, settings)
-        server.run()
+        Server(build(desk), desk, sock, lambda url: _announce(desk.facts.name, url)).run()
     finally:
         engine.close()
+
+
+def _serve_remote(
+    endpoint: Endpoint, name: str | None, settings: Settings, slots: int, sock: socket
+) -> None:
+    from ..remote import Forwarder, RemoteBackend
+    from ..serve import Relay, Server, build
+
+    with closing(RemoteBackend(endpoint)) as backend:
+        endpoint = replace(endpoint, model=backend.name)  # where nobody answers, that is told now
+    relay = Relay(Forwarder(endpoint), name or str(endpoint.model), settings, slots)
+    said = f"{relay.facts.name} at {endpoint.host}"
+    Server(build(relay), relay, sock, lambda url: _announce(said, url, ollama=False)).run()
 
 
 def _keys(given: list[str] | None) -> tuple[str, ...]:
@@ -105,8 +143,9 @@ def _plain_logs(quiet: bool) -> None:
     logging.getLogger("cogvlm.serve").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-def _announce(name: str, url: str) -> None:
-    typer.echo(f"{name} is ready at {url}  (OpenAI: {url}/v1, Ollama: {url}; Ctrl-C stops)")
+def _announce(name: str, url: str, ollama: bool = True) -> None:
+    other = f", Ollama: {url}" if ollama else ""
+    typer.echo(f"{name} is ready at {url}  (OpenAI: {url}/v1{other}; Ctrl-C stops)")
 
 
 def _warn_if_open(host: str, settings: Settings) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, ResourceError
-from ..processor.tokenizer import Tokenizer
+from ..processor.tokenizer import FastTokenizer, Tokenizer
 
 Kind = Literal["json_schema", "json_object", "regex"]
 
@@ -91,8 +91,8 @@ class Grammars:
         """A new constraint.
 
         Raises:
-            InputError: the schema or expression cannot be compiled.
-            ResourceError: llguidance is not installed, or cannot read this tokenizer.
+            InputError: the schema or expression cannot be compiled, or not for this tokenizer.
+            ResourceError: llguidance is not installed.
         """
         try:
             import llguidance
@@ -117,14 +117,13 @@ class Grammars:
     def _vocabulary_of(self, llguidance: Any) -> Any:
         with self._lock:  # takes seconds, once
             if self._made is None:
-                inner = getattr(self._tokenizer, "_tokenizer", None)
-                if inner is None:
+                if not isinstance(self._tokenizer, FastTokenizer):
                     name = type(self._tokenizer).__name__
-                    raise ResourceError(
+                    raise InputError(
                         f"the tokenizer is a {name}: answers in a grammar need a tokenizer.json"
                     )
                 self._made = llguidance.LLTokenizer(
-                    inner.to_str(), n_vocab=self._vocabulary, eos_token=self._end
+                    self._tokenizer.json, n_vocab=self._vocabulary, eos_token=self._end
                 )
             return self._made
 

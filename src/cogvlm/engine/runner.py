@@ -26,6 +26,7 @@ from ..load import Loaded
 from ..models import positions
 from ..models.cogagent import CogAgentForCausalLM
 from ..processor import Encoded
+from . import fast
 from .reuse import Features, Prefixes, Trace, digest, trace
 from .slots import Place, Slots, View
 
@@ -119,6 +120,7 @@ class ModelRunner:
             )
         self._alone = isinstance(loaded.model, CogAgentForCausalLM)
         self._full = getattr(loaded.model.config, "image_attention", "causal") == "full"
+        self._fast = fast.is_known(loaded.model)
         self._slots = Slots(slots)
         self._sequences: list[_Sequence] = []  # by row
         self.prefixes = Prefixes(0 if self._alone else prefix_bytes)
@@ -178,10 +180,15 @@ class ModelRunner:
     def _forward(self, sequences: list[_Sequence], tokens: list[int], view: View) -> Tensor:
         device = self._model.device
         where = torch.tensor([s.position() for s in sequences]).T[..., None]  # [1 or 2, b, 1]
+        where = (where if len(where) > 1 else where[0]).to(device)
+        mask = self._step_mask([s.length for s in sequences])
+        ids = torch.tensor(tokens, device=device)
+        if self._fast:
+            return fast.step(self._model, ids, where, view, mask)
         logits: Tensor = self._model(
-            input_ids=torch.tensor(tokens, device=device)[:, None],
-            attention_mask=self._step_mask([s.length for s in sequences]),
-            position_ids=(where if len(where) > 1 else where[0]).to(device),
+            input_ids=ids[:, None],
+            attention_mask=mask,
+            position_ids=where,
             past_key_values=view,
             use_cache=True,
             logits_to_keep=1,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ResourceError
+from ..settings import require
 
 if TYPE_CHECKING:
     from .grammar import Constraint, Grammar
@@ -30,16 +31,6 @@ if TYPE_CHECKING:
 _MOST_STOPS = 64
 _MOST_LOGPROBS = 100
 _HEAD = 1024  # so many of the likeliest tokens usually hold top_p; sorting them all takes long
-
-
-def require(name: str, value: Any, kind: Any, low: float, high: float) -> None:
-    """Raise :class:`ConfigError` if a setting is of another kind or out of its range."""
-    if isinstance(value, bool) or not isinstance(value, kind):
-        wanted = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{name}={value!r} is not {wanted}")
-    if not low <= value <= high:
-        upper = f" to {high:g}" if high < math.inf else " or more"
-        raise ConfigError(f"{name}={value!r} is out of range: give {low:g}{upper}")
 
 
 @dataclass(frozen=True)

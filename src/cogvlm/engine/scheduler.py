@@ -4,15 +4,17 @@ Knows neither model nor threads of its own; ``turn`` is called by one thread, ``
 ``withdraw`` by any. A turn::
 
     leave    cancelled requests give their row back
-    join     the oldest that waits, if a row is free, is prefilled and has its first token
+    join     the oldest that wait, as rows are free, are prefilled and have their first tokens
     step     every row gets one token; those at their end leave at once
 
-One prefill a turn, so that those that decode wait for one newcomer at most.
+Those that decode wait in a turn for one newcomer, or for several that are short together: a long
+prompt delays them by itself alone, and a burst of short ones does not leave rows empty.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -31,6 +33,8 @@ from .ticket import Ticket
 from .transcript import Transcript
 
 T = TypeVar("T")
+
+PREFILL = 512  # tokens
 
 
 @dataclass(eq=False)
@@ -109,11 +113,20 @@ class Tally:
 
 @dataclass
 class Scheduler:
-    """See the module. ``slots`` rows at once, ``most`` waiting."""
+    """See the module.
+
+    Args:
+        runner: of the model.
+        slots: rows at once.
+        most: requests that may wait.
+        prefill: tokens of prompts that newcomers of one turn may have together; one alone may have
+            more. Those that the runner had from before do not count, once that is known.
+    """
 
     runner: Runner
     slots: int
     most: int
+    prefill: int = PREFILL
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
@@ -142,14 +155,8 @@ class Scheduler:
         """See the module; false if there was nothing to do."""
         for request in [r for r in self.running if r.ticket.cancelled]:
             self._leave(request, "cancelled")
-        with self.changed:
-            free = len(self.running) < self.slots
-            newcomer = self.waiting.popleft() if free and self.waiting else None
-            if newcomer is not None:
-                self.running.append(newcomer)  # at once: no moment in which it is nowhere
-        if newcomer is not None:
-            self._join(newcomer)
-        busy = newcomer is not None or bool(self.running)
+        joined = self._admit()
+        busy = joined or bool(self.running)
         if self.running:
             self._step()
         return busy
@@ -172,21 +179,44 @@ class Scheduler:
         for request in list(self.running):
             self._leave(request, "cancelled")
 
-    def _join(self, request: Request) -> None:
+    def _admit(self) -> bool:
+        """Let newcomers join; whether there was one."""
+        left: float = math.inf  # for the first
+        joined = False
+        while (newcomer := self._next(left)) is not None:
+            left = min(left, self.prefill) - self._join(newcomer)
+            joined = True
+        return joined
+
+    def _next(self, tokens: float) -> Request | None:
+        """The oldest that waits, if there is a row for it and it has no more than ``tokens``."""
+        with self.changed:
+            if not self.waiting or len(self.running) >= self.slots:
+                return None
+            if len(self.waiting[0].prompt.input_ids) > tokens:
+                return None
+            newcomer = self.waiting.popleft()
+            self.running.append(newcomer)  # at once: no moment in which it is nowhere
+        return newcomer
+
+    def _join(self, request: Request) -> int:
+        """Prefill; how many tokens that took."""
+        tokens = len(request.prompt.input_ids)
         if request.unwanted():
             self._leave(request, "cancelled")
-            return
+            return 0
         try:
             seat, logits = self._with_memory(lambda: self.runner.start(request.prompt))
         except Exception as error:
             self._fail(request, error)
-            return
+            return tokens
         request.seat = seat
         if request.unwanted():
             self._leave(request, "cancelled")
-            return
-        self._count(prompt_tokens=len(request.prompt.input_ids), reused_tokens=seat.reused)
+            return tokens - seat.reused
+        self._count(prompt_tokens=tokens, reused_tokens=seat.reused)
         self._choose([request], logits[None])
+        return tokens - seat.reused
 
     def _step(self) -> None:
         together = list(self.running)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from ..errors import ConfigError, InputError, ResourceError
 from ..load import Loaded
 from ..processor import Encoded
+from ..settings import require
 from .generate import Answer, end_ids, room_left
 from .grammar import Grammar, Grammars
 from .runner import ModelRunner
-from .sampling import Sampler, Sampling, TokenLogprob, require
+from .sampling import Sampler, Sampling, TokenLogprob
 from .scheduler import Request, Scheduler
 from .ticket import Ticket
 from .transcript import Piece, Transcript
@@ -118,7 +119,7 @@ class Engine:
         Raises:
             Busy: the queue is full, or the engine is closing.
             InputError: the prompt leaves no room for an answer, a biased token does not exist, or
-                the grammar cannot be compiled.
+                the grammar cannot be compiled, or not for this tokenizer.
             ResourceError: a grammar is asked for, and llguidance is not installed.
         """
         sampling = sampling or Sampling()

@@ -102,12 +102,14 @@ class Slots:
 class View(Cache):
     """The rows of one forward pass as transformers' models want them.
 
-    Either one sequence and any number of new tokens, or rows ``0 .. b`` and one new token each.
+    Either one sequence and any number of new tokens, or rows ``0 .. b`` and one new token each, and
+    then for one pass only.
     """
 
     def __init__(self, slots: Slots, places: list[Place]) -> None:
         super().__init__(layers=[])
         self._slots, self._places = slots, places
+        self._ends: tuple[Tensor, Tensor] | None = None  # rows and columns of the new tokens
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -122,8 +124,11 @@ class View(Cache):
             keys[first, :, start:longest] = key_states[0]
             values[first, :, start:longest] = value_states[0]
         else:
-            where = torch.tensor([p.length for p in self._places], device=keys.device)
-            index = torch.arange(first, rows, device=keys.device)
+            if self._ends is None:  # the same in every layer
+                index = torch.arange(first, rows, device=keys.device)
+                ends = torch.tensor([p.length for p in self._places], device=keys.device)
+                self._ends = index, ends
+            index, where = (part.to(keys.device) for part in self._ends)
             keys[index, :, where] = key_states[:, :, 0]
             values[index, :, where] = value_states[:, :, 0]
         return keys[first:rows, :, :longest], values[first:rows, :, :longest]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from .wire import Waits, events, model_names, refusal, to_json, whole
 if TYPE_CHECKING:
     import httpx
 
-_MOST = 16_000_000  # bytes of an answer that is read
+MOST = 16_000_000  # bytes of an answer that is read
 
 
 @dataclass(frozen=True)
@@ -78,33 +78,6 @@ class Endpoint:
         """Whether it is this machine by its name or address."""
         name = urlsplit(self.url).hostname or ""
         return name in ("localhost", "::1") or name.startswith("127.")
-
-
-def about(remote: RemoteBackend | None = None) -> dict[str, Any]:
-    """Where pictures go, for people to see; without ``remote`` nowhere.
-
-    >>> about()
-    {'remote': False, 'pictures_go_to': None, 'encrypted': None}
-    """
-    if remote is None:
-        return {"remote": False, "pictures_go_to": None, "encrypted": None}
-    where = remote.endpoint
-    return {"remote": True, "pictures_go_to": where.host, "encrypted": where.encrypted}
-
-
-@dataclass(frozen=True)
-class Forwarded:
-    """What a server answered to a request that was handed on.
-
-    Attributes:
-        status: HTTP status.
-        content_type: Of the body.
-        body: The body as it comes; leaving it early closes the connection.
-    """
-
-    status: int
-    content_type: str
-    body: Generator[bytes, None, None]
 
 
 class RemoteBackend:
@@ -185,24 +158,6 @@ class RemoteBackend:
     def stream(self, messages: Sequence[Message], settings: GenerationSettings) -> RemotePieces:
         """Answer one conversation piece by piece."""
         return RemotePieces(self, self._body(self.prepare(messages), settings, stream=True))
-
-    def forward(self, body: Mapping[str, Any]) -> Forwarded:
-        """Hand a chat request on as it is, but for the name of the model.
-
-        Raises:
-            RemoteError: the server cannot be reached.
-            InputError: there is a video or the path of a file in it.
-        """
-        for message in body.get("messages") or ():
-            content = message.get("content") if isinstance(message, Mapping) else None
-            for part in content if isinstance(content, list) else ():
-                kind = part.get("type") if isinstance(part, Mapping) else None
-                if kind in ("video", "image"):
-                    raise InputError(f"part type {kind!r} is not handed on; use image_url")
-        response = self._send(dict(body) | {"model": self.name})
-        return Forwarded(
-            response.status_code, response.headers.get("content-type", ""), _bytes(response)
-        )
 
     # --- requests ----------------------------------------------------------------------------
 
@@ -303,8 +258,8 @@ class RemoteBackend:
         data = bytearray()
         for chunk in response.iter_bytes():
             data += chunk
-            if len(data) > _MOST:
-                raise RemoteError(f"{self.endpoint.host} sent more than {_MOST} bytes; check it")
+            if len(data) > MOST:
+                raise RemoteError(f"{self.endpoint.host} sent more than {MOST} bytes; check it")
         return bytes(data)
 
 
@@ -344,10 +299,3 @@ def _outcome(outcome: Reply | BaseException | None) -> Reply | CogVLMError:
     if isinstance(outcome, (Reply, CogVLMError)):
         return outcome
     raise outcome
-
-
-def _bytes(response: httpx.Response) -> Generator[bytes, None, None]:
-    try:
-        yield from response.iter_bytes()
-    finally:
-        response.close()

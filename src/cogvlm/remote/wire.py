@@ -22,7 +22,7 @@ from PIL import Image as PILImage
 
 from ..backend import Reply
 from ..errors import MessageError, RemoteError
-from ..processor import Image, Message, Text, load_image
+from ..processor import Image, ImageLimits, Message, Text, load_image
 
 if TYPE_CHECKING:
     import httpx
@@ -65,7 +65,7 @@ def to_json(message: Message, max_side: int) -> dict[str, Any]:
     return {"role": message.role, "content": content}
 
 
-def data_url(image: Image, max_side: int) -> str:
+def data_url(image: Image, max_side: int, limits: ImageLimits | None = None) -> str:
     """A picture as a ``data:`` URL: its file as it is, where a server can be trusted to read it.
 
     Written anew are pictures with a side over ``max_side`` (0: no limit), those that are not
@@ -75,7 +75,9 @@ def data_url(image: Image, max_side: int) -> str:
         ImageError: it cannot be read.
     """
     source = image.source
-    picture = load_image(source)  # refuses what is no picture: nothing else leaves this machine
+    picture = load_image(
+        source, limits
+    )  # refuses what is no picture: nothing else leaves this machine
     data = b"" if isinstance(source, PILImage.Image) else _file(source)
     kind, plain = _kind(data)
     longest = max(picture.size)
@@ -219,9 +221,14 @@ def refusal(response: httpx.Response, endpoint: Endpoint) -> RemoteError:
 
 def _said(response: httpx.Response) -> str:
     """The message in an error's body."""
-    text = ""
     with suppress(Exception):  # the status says enough where the body breaks off
-        text = response.read()[:100_000].decode(errors="replace")
+        return said_in(response.read())
+    return ""
+
+
+def said_in(data: bytes) -> str:
+    """The message in the body of an error, one printable line; empty if there is none."""
+    text = data[:100_000].decode(errors="replace")
     try:
         values: Any = json.loads(text)
     except (ValueError, RecursionError):

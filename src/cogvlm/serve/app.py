@@ -16,9 +16,10 @@ from starlette.types import Scope
 
 from .. import __version__
 from ..errors import CogVLMError
-from . import ollama, openai
-from .desk import Desk, Refused
+from . import ollama, openai, relay
+from .desk import Desk
 from .errors import problem_of
+from .front import Front, Refused
 from .gate import Gate
 
 PAGE = Path(__file__).parents[1] / "web"
@@ -26,14 +27,17 @@ _POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def build(desk: Desk, page: Path = PAGE) -> FastAPI:
+def build(desk: Front, page: Path = PAGE) -> FastAPI:
     """The application of a desk; ``page`` is a folder with an ``index.html``, or there is none."""
     # FastAPI's own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="cogvlm", version=__version__, docs_url=None, redoc_url=None)
     for kind in (Refused, CogVLMError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
-    app.include_router(openai.routes(desk))
-    app.include_router(ollama.routes(desk))
+    if isinstance(desk, Desk):
+        app.include_router(openai.routes(desk))
+        app.include_router(ollama.routes(desk))
+    elif isinstance(desk, relay.Relay):
+        app.include_router(relay.routes(desk))
     _add_health(app, desk)
     app.add_api_route("/v1/{rest:path}", _nothing, methods=_METHODS, include_in_schema=False)
     app.add_api_route("/api/{rest:path}", _nothing, methods=_METHODS, include_in_schema=False)
@@ -64,7 +68,7 @@ class _Page(StaticFiles):
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
-def _add_health(app: FastAPI, desk: Desk) -> None:
+def _add_health(app: FastAPI, desk: Front) -> None:
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
@@ -78,13 +82,14 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/api/about")
     async def about() -> Response:
-        """For the page, which says where pictures go: with this server they stay here."""
-        name = desk.facts.name
-        return JSONResponse({"backend": "local", "model": name, "version": __version__})
+        """For the page, which says where pictures go."""
+        backend = "local" if desk.where is None else "remote"
+        said = {"backend": backend, "where": desk.where, "model": desk.facts.name}
+        return JSONResponse({**said, "version": __version__})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = desk.metrics.text(desk.engine.stats, desk.inflight)
+        text = desk.metrics.text(desk.stats, desk.inflight)
         return PlainTextResponse(text, media_type=_METRICS_TYPE)
 
 

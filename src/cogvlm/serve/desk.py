@@ -11,30 +11,27 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import anyio.to_thread
 import numpy as np
 from starlette.requests import Request
 
-from ..errors import InputError, MessageError
+from ..errors import MessageError
 from ..processor import ImageLimits, Message, Processor, user
 from ..processor.encode import Encoded
+from .front import Facts, Front, Refused
 from .limits import Settings
-from .metrics import Metrics
 
 if TYPE_CHECKING:
     from ..engine.sampling import Sampling
-    from ..engine.service import Answer
+    from ..engine.service import Answer, EngineStats
     from ..engine.transcript import Piece
     from ..load import Loaded
 
 log = logging.getLogger("cogvlm.serve")
-_WORKERS = 4  # prompts made at once: each may hold a decoded picture
-_FETCHERS = 16  # of these, with pictures to fetch: they mostly wait
-_Made = TypeVar("_Made")
 
 
 class Ticket(Protocol):
@@ -62,24 +59,11 @@ class Engine(Protocol):
     """What answers."""
 
     @property
-    def stats(self) -> Any:
+    def stats(self) -> EngineStats:
         """Counters, see :class:`cogvlm.engine.service.EngineStats`."""
 
     def submit(self, prompt: Encoded, sampling: Sampling) -> Ticket:
         """Put a prompt in the queue."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the server says of its model."""
-
-    name: str
-    context: int | None = None  # tokens of prompt and answer; none: no stated limit
-    parameters: int = 0
-    size: int = 0  # bytes of the weights in memory
-    family: str = "cogvlm"
-    precision: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 def facts_of(loaded: Loaded, name: str | None = None) -> Facts:
@@ -95,16 +79,7 @@ def facts_of(loaded: Loaded, name: str | None = None) -> Facts:
     )
 
 
-class Refused(Exception):
-    """A request that is answered with an error of HTTP; ``status`` and ``code`` say which."""
-
-    def __init__(self, status: int, code: str, message: str, retry: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.retry = status, code, retry
-        self.param: str | None = None
-
-
-class Desk:
+class Desk(Front):
     """Takes requests to the engine.
 
     Args:
@@ -117,23 +92,17 @@ class Desk:
     def __init__(
         self, engine: Engine, processor: Processor, facts: Facts, settings: Settings
     ) -> None:
-        self.engine, self.facts, self.settings = engine, facts, settings
+        super().__init__(facts, settings)
+        self.engine = engine
         pixels = min(settings.limits.pixels, processor.limits.max_pixels)
         self.processor = replace(processor, limits=ImageLimits(max_pixels=pixels))
-        self.metrics = Metrics()
-        self.ready = self.closing = False
-        self.inflight = 0  # requests that may lead to an answer, uploads included
-        self._running: set[Reply] = set()
-        self._limiters: dict[bool, anyio.CapacityLimiter] = {}
+        if processor.max_images is not None:
+            self.max_images = min(self.max_images, processor.max_images)
 
-    async def work(self, make: Callable[[], _Made], slow: bool = False) -> _Made:
-        """Run ``make`` in a worker thread; a few at once, the others wait, the slow ones apart."""
-        limiter = self._limiters.get(slow)
-        if limiter is None:  # belongs to the loop it is made in
-            limiter = anyio.CapacityLimiter(_FETCHERS if slow else _WORKERS)
-            self._limiters[slow] = limiter
-        # A caller who leaves does not wait for it.
-        return await anyio.to_thread.run_sync(make, abandon_on_cancel=True, limiter=limiter)
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counters."""
+        return self.engine.stats
 
     async def warm(self) -> None:
         """Answer one token, so that the first caller does not wait for what is set up then."""
@@ -194,40 +163,6 @@ class Desk:
         """What makes a prompt of messages, which may have pictures to fetch."""
         return lambda: self.processor.encode(messages())
 
-    def check(self, texts: list[str], images: int, tokens: int | None) -> int:
-        """Refuse what is over the limits, before any work; the longest answer in tokens.
-
-        Raises:
-            InputError: too much text, too many pictures, or too long an answer.
-        """
-        limits = self.settings.limits
-        length = sum(map(len, texts))
-        if length > limits.characters:
-            raise InputError(
-                f"the request has {length} characters of text, the limit is {limits.characters}; "
-                "shorten it"
-            )
-        if images > limits.images:
-            raise InputError(
-                f"the request has {images} images, the limit is {limits.images}; leave out "
-                f"{images - limits.images}"
-            )
-        if tokens is not None and tokens > limits.tokens:
-            raise InputError(
-                f"max_tokens={tokens} is over this server's limit; give {limits.tokens} or less"
-            )
-        return limits.tokens if tokens is None else tokens
-
-    def shut(self) -> Refused:
-        """What is said while the server closes."""
-        return Refused(503, "closing", "the server is shutting down; try again soon", retry=5)
-
-    def cut(self) -> None:
-        """End every running answer; the callers get what is there."""
-        self.closing = True
-        for reply in list(self._running):
-            reply.expire("the server is shutting down")
-
 
 class Reply:
     """One answer under way.  Its caller leaving ends it; so does time."""
@@ -241,7 +176,7 @@ class Reply:
         self._closed = self.gone = False
         self.started = time.monotonic()
         self.first_token: float | None = None  # seconds until the first token
-        desk._running.add(self)
+        desk.running.add(self)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(
             desk.settings.limits.seconds, self.expire, "the time for this request is over"
@@ -313,7 +248,7 @@ class Reply:
         self._watch.cancel()
         if self._ticket is not None:
             self._ticket.cancel()
-        self._desk._running.discard(self)
+        self._desk.running.discard(self)
 
     def _stop(self) -> None:
         if self._ticket is not None:

@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..errors import CogVLMError, ImageError, InputError, MessageError, ResourceError
-from .desk import Refused
+from ..remote import Upstream
+from .front import Refused
 from .protocol import explain
 
 log = logging.getLogger("cogvlm.serve")
@@ -63,6 +64,10 @@ def problem_of(error: BaseException) -> Problem:
     """What a client is told of an exception."""
     if isinstance(error, Refused):
         return Problem(error.status, str(error), error.code, error.param, error.retry)
+    if isinstance(error, Upstream):
+        if error.status >= 500:
+            log.error("%s", error.detail)
+        return Problem(error.status, _line(error), error.code, error.param, error.retry)
     if isinstance(error, RequestValidationError):
         field, sentence = explain(error.errors(), error.body)
         return Problem(400, sentence, None, field)

@@ -19,8 +19,8 @@ from urllib.parse import quote, urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .desk import Desk, Refused
 from .errors import problem_of
+from .front import Front, Refused
 
 log = logging.getLogger("cogvlm.serve.access")
 _GUARDED = ("/v1/", "/api/", "/metrics")
@@ -36,7 +36,7 @@ class Gate:
         desk: counts and limits.
     """
 
-    def __init__(self, app: ASGIApp, desk: Desk) -> None:
+    def __init__(self, app: ASGIApp, desk: Front) -> None:
         self._app, self._desk = app, desk
         self._keys = [_digest(key) for key in desk.settings.api_keys]
 

@@ -68,16 +68,18 @@ class Metrics:
         )
 
     def text(self, stats: Any, inflight: int) -> str:
-        """Everything, ready to be sent; ``stats`` is the engine's."""
+        """Everything, ready to be sent; ``stats`` is the desk's."""
         lines = [*_head("requests_total", "counter", "Requests by route and status.")]
         for (method, route, status), count in sorted(self.requests.items()):
             labels = f'method="{method}",route="{route}",status="{status}"'
             lines.append(f"cogvlm_requests_total{{{labels}}} {count}")
         lines += _single("requests_in_flight", "gauge", "Requests for answers.", inflight)
         for name, kind, key, text in _OF_ENGINE:
-            lines += _single(name, kind, text, getattr(stats, key))
-        mean = stats.batched_tokens / stats.steps if stats.steps else 0.0
-        lines += _single("batch_size", "gauge", "Answers in a step, on the average.", mean)
+            if hasattr(stats, key):  # a server elsewhere does not tell all of them
+                lines += _single(name, kind, text, getattr(stats, key))
+        if hasattr(stats, "steps"):
+            mean = stats.batched_tokens / stats.steps if stats.steps else 0.0
+            lines += _single("batch_size", "gauge", "Answers in a step, on the average.", mean)
         for histogram in (self.first_token, self.answer, self.speed):
             lines += histogram.lines()
         return "\n".join(lines) + "\n"

@@ -17,8 +17,9 @@ from ..errors import InputError
 from ..processor import Image, Message, Text, system
 from ..processor.messages import Part
 from . import media
-from .desk import Desk, Refused, Reply
+from .desk import Desk, Reply
 from .errors import problem_of
+from .front import Refused
 from .openai import FINISH
 from .protocol import OllamaChat, OllamaGenerate, OllamaMessage, OllamaOptions, OllamaShow
 from .tokens import chat_logprobs

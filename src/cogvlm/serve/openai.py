@@ -16,8 +16,9 @@ from ..errors import InputError
 from ..processor import Image, Message, Text
 from ..processor.messages import Part
 from . import media
-from .desk import Desk, Refused, Reply
+from .desk import Desk, Reply
 from .errors import problem_of
+from .front import Front, Refused
 from .protocol import (
     AssistantMessage,
     ChatRequest,
@@ -46,18 +47,18 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.post(_CHAT)
     async def chat(wanted: ChatRequest, request: Request) -> Response:
-        _check_model(desk, wanted.model)
+        check_model(desk, wanted.model)
         writer = _ChatWriter(desk, wanted)
-        texts, images = _texts(wanted)
-        tokens = desk.check(texts, images, _one_of(wanted))
+        words, images = texts(wanted)
+        tokens = desk.check(words, images, asked_tokens(wanted))
         make = desk.chat(lambda: _messages(wanted, desk.settings.urls))
         sampling = _chat_sampling(wanted, tokens)
-        reply = await desk.ask(request, make, sampling, slow=_fetches(wanted))
+        reply = await desk.ask(request, make, sampling, slow=fetches(wanted))
         return await _respond(writer, reply)
 
     @router.post(_COMPLETION)
     async def completions(wanted: CompletionRequest, request: Request) -> Response:
-        _check_model(desk, wanted.model)
+        check_model(desk, wanted.model)
         writer = _CompletionWriter(desk, wanted)
         prompt = wanted.prompt if isinstance(wanted.prompt, str) else wanted.prompt[0]
         tokens = desk.check([prompt], 0, wanted.max_tokens)
@@ -65,19 +66,28 @@ def routes(desk: Desk) -> APIRouter:
         reply = await desk.ask(request, lambda: desk.raw(prompt), sampling)
         return await _respond(writer, reply)
 
+    router.include_router(model_routes(desk))
+    return router
+
+
+def model_routes(desk: Front) -> APIRouter:
+    """The routes that say what there is to ask."""
+    router = APIRouter()
+
     @router.get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [_model(desk)]})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        _check_model(desk, name)
+        check_model(desk, name)
         return JSONResponse(_model(desk))
 
     return router
 
 
-def _check_model(desk: Desk, name: str) -> None:
+def check_model(desk: Front, name: str) -> None:
+    """Raise :class:`Refused` for any model but the one."""
     if name != desk.facts.name:
         error = Refused(
             404, "model_not_found", f"no model {name[:100]!r} here; this is {desk.facts.name!r}"
@@ -86,17 +96,16 @@ def _check_model(desk: Desk, name: str) -> None:
         raise error
 
 
-def _model(desk: Desk) -> dict[str, Any]:
+def _model(desk: Front) -> dict[str, Any]:
     facts, limits = desk.facts, desk.settings.limits
-    most = desk.processor.max_images
     return {
         "id": facts.name,
         "object": "model",
         "created": facts.created,
-        "owned_by": "cogvlm",
+        "owned_by": facts.owner,
         "max_model_len": facts.context,
         "max_tokens": limits.tokens,
-        "max_images": limits.images if most is None else min(most, limits.images),
+        "max_images": desk.max_images,
         "max_pixels": limits.pixels,
     }
 
@@ -104,26 +113,28 @@ def _model(desk: Desk) -> dict[str, Any]:
 # --- requests --------------------------------------------------------------------------------
 
 
-def _one_of(wanted: ChatRequest) -> int | None:
+def asked_tokens(wanted: ChatRequest) -> int | None:
+    """The longest answer that is asked for, by either of its names."""
     if wanted.max_tokens is not None and wanted.max_completion_tokens is not None:
         raise InputError("max_tokens: max_completion_tokens is the same; give one of them")
     return wanted.max_tokens or wanted.max_completion_tokens
 
 
-def _texts(wanted: ChatRequest) -> tuple[list[str], int]:
+def texts(wanted: ChatRequest) -> tuple[list[str], int]:
     """Every text of a conversation, and how many pictures it has."""
-    texts, images = [], 0
+    found, images = [], 0
     for message in wanted.messages:
         parts = [message.content] if isinstance(message.content, str) else message.content
         for part in parts:
             if isinstance(part, ImagePart):
                 images += 1
             else:
-                texts.append(part if isinstance(part, str) else part.text)
-    return texts, images
+                found.append(part if isinstance(part, str) else part.text)
+    return found, images
 
 
-def _fetches(wanted: ChatRequest) -> bool:
+def fetches(wanted: ChatRequest) -> bool:
+    """Whether there are pictures to fetch."""
     return any(
         isinstance(part, ImagePart) and part.image_url.url[:4].lower() == "http"
         for message in wanted.messages
@@ -299,17 +310,18 @@ async def _events(writer: _Writer, reply: Reply) -> AsyncIterator[str]:
     """Server-sent events; the last one is OpenAI's ``[DONE]``."""
     try:
         if (first := writer.first()) is not None:
-            yield _event(writer.chunk(first))
+            yield event(writer.chunk(first))
         async for pieces in reply.pieces():
-            yield _event(writer.chunk(writer.part(pieces)))
-        yield _event(writer.chunk(writer.last(), FINISH[reply.answer.stop]))
+            yield event(writer.chunk(writer.part(pieces)))
+        yield event(writer.chunk(writer.last(), FINISH[reply.answer.stop]))
         if writer.usage:
-            yield _event({**writer.chunk(None), "usage": usage(reply)})
+            yield event({**writer.chunk(None), "usage": usage(reply)})
     except Exception as error:  # the status is sent: what is left is to say so in the stream
-        yield _event(problem_of(error).body(writer.route))
+        yield event(problem_of(error).body(writer.route))
         return
     yield "data: [DONE]\n\n"
 
 
-def _event(value: dict[str, Any]) -> str:
+def event(value: dict[str, Any]) -> str:
+    """One server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..errors import ResourceError
-from .desk import Desk
+from .front import Front
 
 _AFTER = 10  # seconds that answers cut off have to be delivered
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -72,7 +72,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: FastAPI,
-        desk: Desk,
+        desk: Front,
         sock: socket.socket,
         announce: Callable[[str], None] = lambda url: None,
     ) -> None:
@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
         self._desk.closing = self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer one token, then take requests and say so."""
+        """Warm up, then take requests and say so."""
         self._loop = asyncio.get_running_loop()
         url = self.url
         await self._desk.warm()
@@ -123,6 +123,7 @@ class Server(uvicorn.Server):
         self._cut = loop.call_later(self._desk.settings.grace, self._desk.cut)
         await super().shutdown(sockets)
         self._cut.cancel()
+        await self._desk.close()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,0 +1,70 @@
+"""Steps with few operators against the model's own ``forward``.
+
+Tolerances: rounding of another order of additions, of scores of about one to ten.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cogvlm.engine import fast
+from cogvlm.engine.runner import ModelRunner
+from cogvlm.load import Loaded
+from engine.families import FAMILIES, LIKE_COGVLM, family, prompts
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+
+
+def scores(loaded: Loaded, together: bool, own: bool) -> torch.Tensor:
+    """Of three steps of four conversations, together or one by one: ``float32[3, 4, V]``."""
+    runner = ModelRunner(loaded, 4, 0, 0)
+    if own:
+        runner._fast = False
+    seats = [runner.start(prompt)[0] for prompt in prompts(loaded)[:4]]
+    found = []
+    for number in range(3):
+        tokens = [40 + 7 * i + number for i in range(4)]
+        if together:
+            found.append(runner.step(seats, tokens))
+        else:
+            alone = zip(seats, tokens, strict=True)
+            found.append(torch.cat([runner.step([seat], [token]) for seat, token in alone]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", LIKE_COGVLM)
+def test_scores_are_those_of_the_model(name: str, dtype: torch.dtype) -> None:
+    loaded = family(name)
+    loaded.model.to(dtype=dtype)
+    assert fast.is_known(loaded.model)
+    tolerance = TOLERANCES[dtype]
+    for together in (True, False):
+        expected = scores(loaded, together, own=True)
+        assert float(expected.std()) > 0.5
+        assert_close(scores(loaded, together, own=False), expected, rtol=0, atol=tolerance)
+
+
+def changed(name: str, change: Any) -> Any:
+    model: Any = family(name).model
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("glm4v", lambda model: None),
+        ("cogagent", lambda model: None),
+        ("cogvlm2", lambda model: model.half()),
+        ("cogvlm2", lambda model: model.set_attn_implementation("eager")),
+        ("cogvlm2", lambda model: setattr(model, "hf_device_map", {"": "cpu"})),
+    ],
+)
+def test_what_is_not_known_goes_its_own_way(name: str, change: Any) -> None:
+    assert name in FAMILIES
+    assert not fast.is_known(changed(name, change))
