@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cogvlm import doctor
+from cogvlm import devices
 from cogvlm.catalog import CHECKPOINTS, OWNERS, find
 from cogvlm.cli import app
 from cogvlm.errors import InputError
@@ -58,8 +58,8 @@ def test_configurations_are_the_released_ones(checkpoint: object) -> None:
 
 
 def test_models_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = doctor.Device("cuda:0 card", "cuda", 40.0)
-    monkeypatch.setattr(doctor, "find_devices", lambda: [card])
+    card = devices.Device("cuda:0 card", "cuda", 40.0)
+    monkeypatch.setattr(devices, "find_devices", lambda: [card])
     names = ["THUDM/cogvlm2-llama3-chat-19B", "cogvlm2-llama3-chat-19B-int4", "cogvlm-chat-hf"]
     result = CliRunner().invoke(app, ["models", *names])
     assert (result.exit_code, result.stderr) == (0, "")

@@ -250,5 +250,7 @@ def test_doctor_says_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_doctor_says_what_would_run(devices: list[doctor.Device], where: list[str | None]) -> None:
-    found = [f"{fit.precision} {fit.device}" if fit.device else None for fit in doctor.fits(devices)]
+    found = [
+        f"{fit.precision} {fit.device}" if fit.device else None for fit in doctor.fits(devices)
+    ]
     assert found == where

@@ -33,8 +33,8 @@ cli __init__
 LEVEL = {part: i for i, line in enumerate(PLAN.strip().splitlines()) for part in line.split()}
 # No torch until a function needs it.
 TORCHLESS = set(
-    """__init__ backend caption catalog chat cli convert data devices doctor errors fetch hub journal
-    processor remote settings""".split()  # noqa: SIM905
+    """__init__ backend caption catalog chat cli convert data devices doctor errors fetch
+    hub journal processor remote settings""".split()  # noqa: SIM905
 )
 
 

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 NAMES = """
 Answer CheckpointError CogVLMConfig CogVLMError CogVLMForCausalLM ConfigError DownloadError
-GenerationSettings Image ImageError InputError Loaded Message MessageError Processor RemoteError ResourceError
-Text Video VisionConfig __version__ assistant complete open_model preset run_file stream system user
+GenerationSettings Image ImageError InputError Loaded Message MessageError Processor RemoteError
+ResourceError Text Video VisionConfig __version__ assistant complete open_model preset run_file
+stream system user
 """.split()  # noqa: SIM905
 
 OPTIONS = {
@@ -30,8 +31,8 @@ OPTIONS = {
         --recursive --overwrite --shard-size --batch-size --processes --device --strict --model
         --tokenizer --max-new-tokens --temperature --top-p --top-k --seed --precision
         --allow-pickle --repetition-stop --base-url --api-key-env --max-side --json""",
-    "run": """requests --output --model --tokenizer --adapter --batch-size --max-new-tokens --temperature
-        --top-p --top-k --seed --precision --device --allow-pickle
+    "run": """requests --output --model --tokenizer --adapter --batch-size --max-new-tokens
+        --temperature --top-p --top-k --seed --precision --device --allow-pickle
         --repetition-stop --base-url --api-key-env --max-side --json""",
     "train": "recipe --set --out --resume",
     "merge": "model adapter out",

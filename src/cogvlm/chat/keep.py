@@ -29,9 +29,7 @@ def save_messages(path: Path, messages: Sequence[Message]) -> None:
     elif kind == ".md":
         data = "\n".join(f"## {m.role}\n\n{_markdown(m)}\n" for m in messages).encode()
     else:
-        raise InputError(
-            f"{path}: end the name in .jsonl (to load again) or .md (to read)"
-        )
+        raise InputError(f"{path}: end the name in .jsonl (to load again) or .md (to read)")
     write_whole(path, data)
 
 

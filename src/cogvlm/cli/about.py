@@ -32,7 +32,7 @@ def models(
     """List the released models: their terms, the memory each needs, whether it fits here."""
     quiet_libraries()
     from ..catalog import CHECKPOINTS, find
-    from ..doctor import find_devices
+    from ..devices import find_devices
     from ..memory import table
 
     chosen = [find(name) for name in names] if names else list(CHECKPOINTS)

@@ -74,9 +74,7 @@ def caption(
     tags_suffix: Annotated[
         str | None, typer.Option(help="{tags} of a.jpg is the text of a.SUFFIX, such as .tags.")
     ] = None,
-    prefix: Annotated[
-        str, typer.Option(help="Before every caption, like 'photo of sks, '.")
-    ] = "",
+    prefix: Annotated[str, typer.Option(help="Before every caption, like 'photo of sks, '.")] = "",
     suffix: Annotated[str, typer.Option(help="After every caption.")] = "",
     recursive: Annotated[
         bool, typer.Option("--recursive/--flat", help="Folders within it too, or not.")

@@ -343,10 +343,8 @@ def _check_positive(plan: SquarePixels | NativePixels) -> None:
         value = getattr(plan, field.name)
         if value is None and field.default is None:
             continue
-        if field.name == "merge" and isinstance(value, tuple) and len(value) == 2:
-            numbers = value
-        else:
-            numbers = (value,)
+        pair = field.name == "merge" and isinstance(value, tuple) and len(value) == 2
+        numbers: tuple[Any, ...] = value if pair else (value,)
         if any(type(number) is not int or number < 1 for number in numbers):
             raise ConfigError(f"{field.name} is {value!r}; give a whole number of at least 1")
 
