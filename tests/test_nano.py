@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,11 @@ def nano(language_model: Path) -> Loaded:
 
 @pytest.mark.slow
 def test_real_documents_are_read(nano: Loaded, tmp_path: Path) -> None:
-    """The bound is the goal of this edition; the card has the figure."""
+    """The card has the figure, 0.053; another CPU rounds otherwise."""
     requests = ROOT / "examples" / "lines" / "requests.jsonl"
     score = score_file(requests, tmp_path / "answers.jsonl", nano)
     assert score.failed == 0
-    assert score.cer < 0.09
+    assert score.scores["cer"] < 0.07
 
 
 @pytest.mark.slow
@@ -58,3 +59,15 @@ def test_without_a_picture_nano_is_smollm2(nano: Loaded, language_model: Path) -
         text = nano.processor.decode(expected[0, ids.shape[1] :].tolist())
         answer = complete(nano, [user(question)], GenerationSettings(max_new_tokens=24))
         assert answer.text.strip() == text.strip()
+
+
+@pytest.mark.slow
+def test_the_program_in_the_readme_reads_its_picture(
+    language_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert block
+    exec(compile(block[1], "README.md", "exec"), {})
+    truth = json.loads((ROOT / "examples" / "line.json").read_text())["truth"]
+    assert edit_distance(capsys.readouterr().out.strip(), truth) <= 1

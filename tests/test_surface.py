@@ -34,9 +34,9 @@ OPTIONS = {
     "run": """requests --output --model --tokenizer --adapter --batch-size --max-new-tokens
         --temperature --top-p --top-k --seed --precision --device --allow-pickle
         --repetition-stop --base-url --api-key-env --max-side --json""",
-    "train": "recipe --set --out --resume",
+    "train": "recipe --set --out --resume --plan --device-memory",
     "merge": "model adapter out",
-    "eval": """requests --output --model --tokenizer --batch-size --max-new-tokens --precision
+    "eval": """requests --output --task --metric --limit --answered --model --tokenizer --batch-size --max-new-tokens --precision
         --device --allow-pickle""",
     "render": "folder --count --seed --held-out --min-chars --max-chars --strength",
     "quantize": "model out --precision",

@@ -85,12 +85,26 @@ def run(
 @plain_errors
 def evaluate(
     requests: Annotated[
-        Path, typer.Argument(help="JSON lines as for 'run', with a 'truth' in each.")
+        Path,
+        typer.Argument(help="JSON lines as for 'run', with a 'truth' in each; or see --task."),
     ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Answers; default: NAME.answers.jsonl, made anew."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="A benchmark, whose published file or folder REQUESTS is: docvqa, ..."),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="For lines that name none: cer, anls, relaxed, vqa, ...")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="So many lines of a benchmark, evenly taken.")
+    ] = None,
+    answered: Annotated[
+        bool, typer.Option("--answered", help="Score the answers in OUTPUT; load no model.")
+    ] = False,
     model: ModelOption = "nano",
     tokenizer: TokenizerOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 16,
@@ -102,15 +116,31 @@ def evaluate(
     """Answer a file of questions and score the answers: one JSON line."""
     quiet_libraries()
     from ..engine import GenerationSettings
-    from ..eval.run import as_line, score_file
+    from ..eval.run import as_line, score_answers, score_file
+    from ..eval.tasks import TASKS, write_requests
+    from ..score import METRICS
 
-    if not requests.is_file():
-        raise InputError(f"{requests}: no such file")
+    for option, name, known in (("--task", task, TASKS), ("--metric", metric, METRICS)):
+        if name is not None and name not in known:
+            raise InputError(f"{option} {name}: not known; there are {', '.join(known)}")
+    if answered and not (output and output.is_file()):
+        raise InputError(f"--answered: name the file of answers with -o; {output} is none")
     if output is None:
         output = Path(f"{requests.stem}.answers.jsonl")
         output.unlink(missing_ok=True)
-    settings = GenerationSettings(max_new_tokens)
-    loaded = load(model, precision, device, tokenizer, allow_pickle)
-    with progress("answering") as show:
-        score = score_file(requests, output, loaded, batch_size, settings, show)
+    if task is not None:
+        questions = output.with_suffix(".requests.jsonl")
+        requests = write_requests(TASKS[task], requests, questions, metric, limit)
+    elif limit is not None:
+        raise InputError("--limit goes with --task; shorten a file of your own with head")
+    elif not requests.is_file():
+        raise InputError(f"{requests}: no such file")
+    metric = metric or "cer"
+    if answered:
+        score = score_answers(requests, output, metric)
+    else:
+        settings = GenerationSettings(max_new_tokens)
+        loaded = load(model, precision, device, tokenizer, allow_pickle)
+        with progress("answering") as show:
+            score = score_file(requests, output, loaded, batch_size, settings, show, metric)
     typer.echo(as_line(score))

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with (answered, all) at the start and after every batch."""
 
-_FIELDS = ("id", "image", "images", "video", "question", "truth")  # "truth" is for `cogvlm eval`
+# The last three are for `cogvlm eval`.
+_FIELDS = ("id", "image", "images", "video", "question", "truth", "metric", "kind")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Stage "align": the adapter learns to speak in the language model's own embeddings.
 
-Still without the language model in the loop.  An image token covers a cell of two patch columns,
-one or two characters wide; its target is the (frozen) embedding of the word piece that spells the
-cell, or the mean of several.  Cells without a character, and all rows but the first, have the
+Still without the language model in the loop.  An image token covers a cell of the line: nano's a
+column of all four patch rows, 14 pixels wide (``merge: [4, 1]``), about one character; the family's
+two patch rows and columns.  Its target is the (frozen) embedding of the word piece that spells the
+cell, or the mean of several.  Cells without a character, and rows below the first, have the
 embedding of a newline::
 
-    picture   |Th|e |ca|t |      cells, two 14-pixel columns each
-    row 0      Th e_  ca t_      targets: embeddings of these pieces
-    row 1      \\n \\n  \\n \\n
+    picture   |T|h|e| |c|a|t| |      cells, one column of patches each
+    targets    T h e _ c a t \\n     embeddings of these pieces
 
 A token must be nearer to its target than to any other short word piece, or a doubtful one would
 settle between several and mean none: the loss is the cross-entropy of the pieces by distance, and
