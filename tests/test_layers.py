@@ -29,6 +29,7 @@ data
 serve train eval export caption chat
 doctor
 cli __init__
+__main__
 """
 LEVEL = {part: i for i, line in enumerate(PLAN.strip().splitlines()) for part in line.split()}
 # No torch until a function needs it.

@@ -24,28 +24,40 @@ OPTIONS = {
     "ask": """images question --model --tokenizer --adapter --system --max-new-tokens --temperature
         --top-p --top-k --seed --precision --device --allow-pickle
         --repetition-stop --base-url --api-key-env --max-side --json""",
-    "chat": """images --system --load --model --tokenizer --max-new-tokens --temperature --top-p
-        --top-k --seed --precision --device --allow-pickle --repetition-stop --base-url
+    "chat": """images --system --load --model --tokenizer --adapter --max-new-tokens --temperature
+        --top-p --top-k --seed --precision --device --allow-pickle --repetition-stop --base-url
         --api-key-env --max-side""",
     "caption": """folder --output --format --prompt --prompt-file --tags-suffix --prefix --suffix
         --recursive --overwrite --shard-size --batch-size --processes --device --strict --model
-        --tokenizer --max-new-tokens --temperature --top-p --top-k --seed --precision
+        --tokenizer --adapter --max-new-tokens --temperature --top-p --top-k --seed --precision
         --allow-pickle --repetition-stop --base-url --api-key-env --max-side --json""",
     "run": """requests --output --model --tokenizer --adapter --batch-size --max-new-tokens
         --temperature --top-p --top-k --seed --precision --device --allow-pickle
         --repetition-stop --base-url --api-key-env --max-side --json""",
     "train": "recipe --set --out --resume --plan --device-memory",
     "merge": "model adapter out",
-    "eval": """requests --output --task --metric --limit --answered --model --tokenizer --batch-size --max-new-tokens --precision
-        --device --allow-pickle""",
+    "eval": """requests --output --task --metric --limit --answered --model --tokenizer --adapter
+        --batch-size --max-new-tokens --precision --device --allow-pickle""",
     "render": "folder --count --seed --held-out --min-chars --max-chars --strength",
     "quantize": "model out --precision",
     "data check": """paths --format --images --question --allow-outside --decode --tokens
         --max-tokens --model --tokenizer --json""",
-    "data show": """path --count --seed --format --images --question --allow-outside --json""",
-    "serve": """--model --tokenizer --name --host --port --slots --queue --max-tokens --max-images
-        --max-pixels --max-body-mb --max-seconds --api-key --cors --allow-url --grace --precision
-        --device --allow-pickle --base-url --api-key-env --max-side --quiet""",
+    "data show": """path --count --seed --format --images --question --allow-outside --sheet
+        --json""",
+    "data render": """out --count --kinds --texts --fonts --side --strength --held-out --turns
+        --licence --seed --shard-size --processes --ray""",
+    "data label": """folder out --sure --share --turns --licence --seed --shards --processes
+        --ray""",
+    "data latex": """out paths --made-up --pages --parts --texts --side --strength --turns
+        --licence --seed --shards --processes --ray""",
+    "data filter": """out paths --least-side --aspect --languages --least-words --most-words
+        --unsafe --distance --images --question --allow-outside --licence --shards --processes
+        --ray""",
+    "data pack": """out paths --distance --images --question --allow-outside --licence --seed
+        --shards --processes --ray""",
+    "serve": """--model --tokenizer --adapter --name --host --port --slots --queue --max-tokens
+        --max-images --max-pixels --max-body-mb --max-seconds --api-key --cors --allow-url --grace
+        --precision --device --allow-pickle --base-url --api-key-env --max-side --quiet""",
     "models": "names --json",
     "doctor": "--json",
 }

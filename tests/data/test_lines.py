@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from cogvlm.data import lines
+from cogvlm.data import lines, surface
 from cogvlm.data.fonts import FontFile, FontSampler, find_fonts, load, split
 from cogvlm.data.lines import LineStream, LineStyle, advances, render_line
 from cogvlm.data.text import LineText
@@ -61,7 +61,7 @@ def test_geometry_carries_the_centres(seed: int, monkeypatch: pytest.MonkeyPatch
     """Rotation, shear, stretch, perspective and spacing, without damage to find the ink in."""
 
     def plain(ink: lines.Floats, rng: lines.Random, style: LineStyle) -> lines.Image.Image:
-        return lines._picture(255 - ink[..., None] * 255)
+        return surface.picture(255 - ink[..., None] * 255)
 
     monkeypatch.setattr(lines, "_colour", plain)
     monkeypatch.setattr(lines, "_damage", lambda image, *_: image)

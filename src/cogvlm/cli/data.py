@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ..processor import Processor
     from ..processor.messages import Part
 
-group = typer.Typer(help="Data to train on: check them, look at them.", no_args_is_help=True)
+group = typer.Typer(
+    help="Data to train on: look at them, make them, filter and pack them.", no_args_is_help=True
+)
 app.add_typer(group, name="data")
 
 FormatOption = Annotated[
@@ -63,7 +65,7 @@ def check(
         measure = measure_with(_processor(model, tokenizer))
     reports = []
     for path in paths:
-        source = _source(path, format, images, question, allow_outside)
+        source = open_records(path, format, images, question, allow_outside)
         with progress("checking") as show:
             report = look(source, measure, max_tokens, decode, show)
         reports.append(report)
@@ -87,12 +89,18 @@ def show(
     images: ImagesOption = None,
     question: QuestionOption = None,
     allow_outside: OutsideOption = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Instead, a page of HTML with pictures and boxes.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write records as they will be learnt, pictures by name and size."""
     from ..data.sft import Mix, RecordError
 
-    source = _source(path, format, images, question, allow_outside)
+    source = open_records(path, format, images, question, allow_outside)
+    if sheet is not None:
+        write_sheet_of(sheet, Path(path), source, count, seed or 0)
+        return
     records: Source | Mix = source if seed is None else Mix([source], seed=seed)
     for index in range(min(count, len(source))):
         try:
@@ -110,9 +118,20 @@ def show(
         typer.echo("")
 
 
-def _source(
+def write_sheet_of(sheet: Path, path: Path, source: Source, count: int, seed: int) -> None:
+    """Records chosen at random, as a page of HTML."""
+    from ..data.engine.sheet import write_sheet
+
+    index = path / "index.json"
+    counts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else None
+    written = write_sheet(sheet, source, count, seed, counts)
+    typer.echo(f"{sheet}: {written} of {len(source)} records to look at")
+
+
+def open_records(
     path: str, format: str | None, images: Path | None, question: str | None, outside: bool
 ) -> Source:
+    """The records at a path."""
     from ..data.sft import Options, open_source
 
     return open_source(path, format, Options(question, images, outside))

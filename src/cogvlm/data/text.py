@@ -353,3 +353,15 @@ _KINDS: tuple[_Maker, ...] = (
     _number, _date, _time, _price, _code, _address, _phone, _title, _capitals, _shuffled,
     _shuffled, _punctuated, _punctuated, _signs,
 )  # fmt: skip
+
+
+def library_paragraphs(held_out: bool = False) -> list[list[str]]:
+    """Cleaned paragraphs of Python's standard library, each a list of words; one side of two.
+
+    Raises:
+        ResourceError: this Python ships without its sources.
+    """
+    found = _library_sides(())[held_out]
+    if not found:
+        raise ResourceError("this Python has no standard-library sources; name files of text")
+    return found

@@ -329,6 +329,11 @@ class Joined(Source):
         part, inside = self._at(index)
         return part[inside]
 
+    def raw(self, index: int) -> Raw:
+        """As its part reads it."""
+        part, inside = self._at(index)
+        return part.raw(inside)
+
     def where(self, index: int) -> str:
         """As its part says."""
         part, inside = self._at(index)

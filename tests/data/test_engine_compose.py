@@ -1,0 +1,160 @@
+"""Questions and answers: right by the truth, varied, and usable for training."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cogvlm.data.engine.compose import Compose
+from cogvlm.data.engine.questions import about, place, questions
+from cogvlm.data.engine.step import Fact, Item, Picture, Piece, Reject, Sample, Truth
+from cogvlm.data.sft.record import check_turns
+from data.engine_parts import dot
+
+
+def composed(samples: list[Sample], **settings: float) -> list[Sample]:
+    quiet = {"negatives": 0.0, "text_only": 0.0, "pairs": 0.0, **settings}
+    items: list[Item] = list(samples)
+    out = list(Compose(**quiet)(items))  # type: ignore[arg-type]
+    return [item for item in out if isinstance(item, Sample)]
+
+
+def dots(count: int = 40) -> list[Sample]:
+    return [dot(f"d{i}", i) for i in range(count)]
+
+
+def test_places_are_thousandths_and_never_over() -> None:
+    assert place((0, 0, 448, 336), (448, 336)) == "[[000,000,999,999]]"
+    assert place((-3, 33.6, 44.8, 400), (448, 336)) == "[[000,100,100,999]]"
+
+
+def test_every_sample_is_a_conversation_that_trains() -> None:
+    made = composed(dots(), negatives=0.5, text_only=0.5, pairs=0.5)
+    for sample in made:
+        messages = sample.record().messages
+        check_turns(messages)
+        assert len(sample.tasks) == sum(m.role == "user" for m in messages)
+        assert sum(len(m.images) for m in messages) == len(sample.pictures)
+    kinds = Counter(len(s.pictures) for s in made)
+    assert set(kinds) == {0, 1, 2}
+    assert len({s.id for s in made}) == len(made)
+
+
+def test_answers_are_those_of_the_truth() -> None:
+    seen = set()
+    for sample in composed(dots(120)):
+        truth = sample.pictures[0].truth
+        at = place(truth.items[0].box, sample.pictures[0].size)
+        for task, question, answer in asked(sample):
+            seen.add(task)
+            if task == "where is":
+                assert at in answer
+            elif task == "what is at":
+                assert at in question and answer == "dot"
+            elif task == "read":
+                assert answer == truth.text
+            elif task in ("value", "document"):
+                assert "1.20" in answer
+            elif task == "caption":
+                assert answer == "A black dot."
+    assert {"where is", "what is at", "read", "value", "document", "caption"} <= seen
+
+
+def asked(sample: Sample) -> list[tuple[str, str, str]]:
+    turns = iter(sample.turns)
+    return [(task, next(turns).text, next(turns).text) for task in sample.tasks]
+
+
+def test_short_answers_are_short_and_full_ones_hold_them() -> None:
+    rng = np.random.default_rng(0)
+    facts = [Fact("total", "12.50"), Fact("price", "1.20", "milk"), Fact("number of items", "3")]
+    facts += [Fact("ticked", "no", "Sounds"), Fact("highest", "Oslo"), Fact("Name", "", "")]
+    for fact in (*facts, Fact("next step", "b", "a")):
+        ask = about(fact, rng)
+        assert ask is not None and ask.full.endswith(".") and len(ask.short) < len(ask.full)
+        if fact.value and fact.name != "ticked":
+            assert fact.value == ask.short and fact.value in ask.full
+
+
+def test_the_same_sample_gets_the_same_questions_whatever_came_before() -> None:
+    first = composed(dots(6))
+    alone = [composed([sample])[0] for sample in dots(6)]
+    assert first == alone
+    assert composed([dot("d1", 1)])[0].turns != composed([dot("d1", 99)])[0].turns
+
+
+def test_what_is_not_there_is_not_there() -> None:
+    found = 0
+    for sample in composed(dots(60), negatives=1.0):
+        for task, question, answer in asked(sample):
+            if task == "not there":
+                found += 1
+                assert re.search(r"\bno\b|not in the picture", answer.lower())
+                assert "dot" not in question and "milk" not in question
+    assert found > 20
+
+
+def test_text_alone_has_the_text_and_an_answer_from_it() -> None:
+    made = [s for s in composed(dots(40), text_only=1.0) if not s.pictures]
+    assert made
+    for sample in made:
+        assert sample.turns[0].text.startswith("Read this:\nshop ")
+        assert all("1.20" in t.text for t in sample.turns if t.role == "assistant")
+
+
+def test_pairs_tell_the_pictures_apart() -> None:
+    others = [replace(s, kind="table") if i % 2 else s for i, s in enumerate(dots(60))]
+    pairs = [s for s in composed(others, pairs=1.0) if len(s.pictures) == 2]
+    assert pairs
+    checked = 0
+    for sample in pairs:
+        names = sample.kind.split(" and ")
+        for task, question, answer in asked(sample):
+            if task == "which picture":
+                checked += 1
+                place_ = "first" if "first" in answer else "second"
+                shown = names[place_ == "second"]
+                assert f"a {shown}" in question
+            elif task == "read one of two":
+                which = 0 if "first" in question else 1
+                assert answer == sample.pictures[which].truth.text
+    assert checked
+
+
+def test_a_table_is_asked_for_its_sums_and_comparisons() -> None:
+    table = (("City", "Sales"), ("Oslo", "1,200"), ("Rome", "300"))
+    picture = Picture(b"", (100, 100), Truth(table=table))
+    pool = [q for seed in range(10) for q in questions(picture, np.random.default_rng(seed))]
+    said = {(q.task, q.short) for q in pool}
+    assert {("sum", "1500"), ("compare", "Oslo"), ("difference", "900")} <= said
+    assert ("table", "City | Sales\nOslo | 1,200\nRome | 300") in said
+
+
+def test_things_with_two_places_are_asked_for_all_of_them() -> None:
+    pieces = (Piece("cat", (0, 0, 10, 10), "object"), Piece("cat", (50, 0, 60, 10), "object"))
+    picture = Picture(b"", (100, 100), Truth(items=pieces))
+    pool = questions(picture, np.random.default_rng(0))
+    assert [q.short for q in pool] == ["[[000,000,100,100;500,000,600,100]]"]
+
+
+@pytest.mark.parametrize("text", ["", "   "])
+def test_nothing_to_ask_is_refused(text: str) -> None:
+    empty = replace(dot("e"), pictures=(Picture(b"", (10, 10), Truth(text)),))
+    (item,) = Compose()([empty])
+    assert isinstance(item, Reject) and item.reason == "nothing to ask"
+
+
+def test_text_that_looks_like_a_place_of_a_picture_is_refused() -> None:
+    truth = Truth(facts=(Fact("value", "3", "<image>"),))
+    sample = replace(dot("e"), pictures=(Picture(b"", (10, 10), truth),))
+    (item,) = Compose(negatives=0, text_only=0)([sample])
+    assert isinstance(item, Reject) and item.reason == "holds a picture mark"
+
+
+def test_turns_that_are_there_stay() -> None:
+    sample = composed(dots(1))[0]
+    assert composed([sample]) == [sample]
