@@ -1,10 +1,13 @@
-"""How fast one answer goes on: the engine on nano, and transformers on its language model.
+"""How fast one answer goes on: the engine on nano; transformers, llama.cpp on its language model.
 
-Sides, in turn in one process, each ``--tokens`` greedy tokens after the same prompt of text alone:
+Sides, in turn, each ``--tokens`` greedy tokens after the same prompt of text alone:
 
 * ``llama_PRECISION``: transformers' own Llama, eager, on the same language weights.
 * ``model_PRECISION``: the steps of our model's own ``forward``, in the engine's buffers.
 * ``engine_PRECISION``: the engine's steps as they are.
+* ``llama_cpp``: llama.cpp on ``--gguf``, run by the interpreter ``--llama-python`` (that is
+  ``llama_cpp.py``) with as many threads.  Nano's language model is made from the Q4_1 GGUF that
+  cogvlm fetches.
 
 With no picture nano is its language model, so all float32 sides say the same, which is checked.
 """
@@ -13,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,11 +30,11 @@ from transformers import DynamicCache
 from cogvlm.engine.runner import ModelRunner
 from cogvlm.load import Loaded, load
 from cogvlm.processor import Encoded, user
-from common import commit, interleave, machine, ratio, spread
+from common import CLOCKS, Goal, commit, interleave, machine, ratio, spread
 
 ASKED = "Tell me, in a few words, what a picture is good for."
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LLAMA_PRECISIONS = ("float32", "bfloat16")
+GOAL = Goal("at_least", 0.5)  # the fastest precision of the engine against llama.cpp
 Step = Callable[[int], int]
 """The token after this one."""
 
@@ -93,6 +98,46 @@ def llama_steps(model: Any, prompt: Encoded) -> tuple[int, Step]:
     return go(prompt.input_ids.tolist()), lambda token: go([token])
 
 
+def against_llama_cpp(per_token: dict[str, list[float]]) -> dict[str, Any]:
+    """Speed of the engine as a share of llama.cpp's."""
+    shares = {
+        name: ratio(per_token["llama_cpp"], t)
+        for name, t in per_token.items()
+        if name.startswith("engine_")
+    }
+    best = max(share["ratio"] for share in shares.values())
+    goal = {GOAL.bound: GOAL.value, "best": best, "met": GOAL.met(best)}
+    return {"of_llama_cpp": shares, "goals": {"of_llama_cpp": goal}}
+
+
+class LlamaCpp:
+    """llama.cpp in a process of its own, which measures itself."""
+
+    def __init__(self, process: subprocess.Popen[str], tokens: int) -> None:
+        self._process, self._tokens = process, tokens
+        self.seconds: list[dict[str, float]] = []  # of every round, by clock
+
+    def __call__(self, _: int) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(self._tokens, file=self._process.stdin, flush=True)
+        self.seconds.append(json.loads(self._process.stdout.readline()))
+
+
+@contextmanager
+def llama_cpp(python: str, gguf: Path, prompt: Encoded, tokens: int) -> Iterator[LlamaCpp]:
+    """A side that is llama.cpp, with as many threads as torch has."""
+    ids = ",".join(map(str, prompt.input_ids.tolist()))
+    script = str(Path(__file__).with_name("llama_cpp.py"))
+    with subprocess.Popen(
+        [python, script, str(gguf), str(torch.get_num_threads()), ids],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # its log
+        text=True,
+    ) as process:
+        yield LlamaCpp(process, tokens)  # the end of its input ends it
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,7 +148,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
+    parser.add_argument("--llama-python", help="an interpreter that has xllamacpp")
+    parser.add_argument("--gguf", type=Path, help="for llama.cpp")
     given = parser.parse_args()
+    if (given.llama_python is None) != (given.gguf is None):
+        parser.error("give --llama-python and --gguf together")
     if given.threads:
         torch.set_num_threads(given.threads)
     transformers.logging.set_verbosity_error()
@@ -129,9 +178,15 @@ def main() -> int:
 
         return work
 
-    times = interleave(
-        {name: side(name) for name in starts}, given.repeats, clock=CLOCKS[given.clock]
-    )
+    sides = {name: side(name) for name in starts}
+    if given.gguf is None:
+        times = interleave(sides, given.repeats, clock=CLOCKS[given.clock])
+    else:
+        with llama_cpp(given.llama_python, given.gguf, prompt, given.tokens) as theirs:
+            together = {**sides, "llama_cpp": theirs}
+            times = interleave(together, given.repeats, clock=CLOCKS[given.clock])
+        # Of its own process, the first round to warm up.
+        times["llama_cpp"] = [found[given.clock] for found in theirs.seconds[1:]]
     per_token = {name: [t / given.tokens for t in each] for name, each in times.items()}
     agree = said["llama_float32"] == said["model_float32"] == said["engine_float32"]
     found = {
@@ -151,6 +206,8 @@ def main() -> int:
         },
         "ratio_is": "transformers' Llama in float32 over the side, per token",
     }
+    if "llama_cpp" in per_token:
+        found |= against_llama_cpp(per_token)
     print(json.dumps(found), flush=True)
     return 0 if agree else 1
 

@@ -1,7 +1,7 @@
 """Reading compared: nano, Tesseract and RapidOCR on the same pictures, scored alike.
 
-    python benchmarks/reading.py examples/lines/requests.jsonl
-    python benchmarks/reading.py lines/requests.jsonl --readers tesseract rapidocr
+    python benchmarks/reading.py examples/lines/requests.jsonl --lines
+    python benchmarks/reading.py pages/requests.jsonl --readers tesseract rapidocr
 
 Each reader answers the whole file, a picture at a time, and every answer is scored by the metric of
 its line (`cogvlm eval`).  Tesseract is the program (`tesseract` on the path), RapidOCR the Python
@@ -30,37 +30,35 @@ from common import commit, machine
 Reader = Callable[[Path, str], str]
 
 
-def nano() -> Reader:
-    """This package's own model."""
+def nano(lines: bool) -> Reader:
+    """This package's own model, which is told nothing."""
     loaded = open_model("nano", device="cpu")
     settings = GenerationSettings(max_new_tokens=96)
     return lambda picture, question: complete(loaded, [user(picture, question)], settings).text
 
 
-def tesseract() -> Reader:
-    """The program; a picture five times as wide as high is one line."""
+def tesseract(lines: bool) -> Reader:
+    """The program; page segmentation off where every picture is one line."""
     if not shutil.which("tesseract"):
         raise ImportError("no program 'tesseract'")
-    from PIL import Image
 
     def read(picture: Path, question: str) -> str:
-        width, height = Image.open(picture).size
-        mode = "7" if 5 * height <= width else "3"
-        command = ["tesseract", str(picture), "-", "--psm", mode, "-l", "eng"]
+        command = ["tesseract", str(picture), "-", "--psm", "7" if lines else "3", "-l", "eng"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return " ".join(done.stdout.split())
 
     return read
 
 
-def rapidocr() -> Reader:
-    """PP-OCR's models through onnxruntime."""
+def rapidocr(lines: bool) -> Reader:
+    """PP-OCR's models through onnxruntime; its detector off where every picture is one line."""
     from rapidocr import RapidOCR
 
     engine = RapidOCR()
+    steps = {"use_det": False, "use_cls": False, "use_rec": True} if lines else {}
 
     def read(picture: Path, question: str) -> str:
-        found: Any = engine(str(picture))
+        found: Any = engine(str(picture), **steps)
         return " ".join(found.txts or ())
 
     return read
@@ -80,10 +78,10 @@ def answers(requests: Path, read: Reader) -> Iterator[dict[str, Any]]:
             yield {"id": asked["id"], "prediction": said.strip(), "seconds": seconds}
 
 
-def measure(requests: Path, reader: str, folder: Path) -> dict[str, Any]:
+def measure(requests: Path, reader: str, lines: bool, folder: Path) -> dict[str, Any]:
     """Figures of one reader."""
     try:
-        read = READERS[reader]()
+        read = READERS[reader](lines)
     except ImportError as error:
         return {"missing": str(error)}
     given = list(answers(requests, read))
@@ -100,19 +98,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("requests", type=Path, help="a file for 'cogvlm eval', a picture a line")
+    parser.add_argument("--lines", action="store_true", help="every picture is one line of text")
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
     parser.add_argument("--keep", type=Path, help="a folder for the answers")
     given = parser.parse_args()
-    lines = len(wanted(given.requests))
+    count = len(wanted(given.requests))
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for reader in given.readers:
             print(reader, file=sys.stderr, flush=True)
-            found[reader] = measure(given.requests, reader, folder)
+            found[reader] = measure(given.requests, reader, given.lines, folder)
     head = {"name": "reading", "commit": commit(), "machine": machine()}
-    print(json.dumps({**head, "file": str(given.requests), "lines": lines, "readers": found}))
+    print(json.dumps({**head, "file": str(given.requests), "lines": count, "readers": found}))
     return 0
 
 

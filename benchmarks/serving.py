@@ -23,7 +23,7 @@ from PIL import Image
 from cogvlm.engine import Answer, Engine, Sampling, Ticket
 from cogvlm.load import Loaded, load
 from cogvlm.processor import Encoded, assistant, user
-from common import Goal, commit, interleave, machine, ratio, spread
+from common import CLOCKS, Clock, Goal, commit, interleave, machine, ratio, spread
 
 PICTURES = Path(__file__).parents[1] / "examples"
 ASKED = "Read the text in this picture, please."
@@ -50,7 +50,9 @@ def conversations(loaded: Loaded, pictures: list[Path], count: int) -> list[Enco
     ]
 
 
-def measure_together(loaded: Loaded, prompts: list[Encoded], tokens: int, repeats: int) -> Any:
+def measure_together(
+    loaded: Loaded, prompts: list[Encoded], tokens: int, repeats: int, clock: Clock
+) -> Any:
     """Seconds a token, alone and together; prompts are reused, so that steps are what is timed."""
     asked = settings(tokens)
     with Engine(loaded, slots=len(prompts)) as engine:
@@ -63,7 +65,7 @@ def measure_together(loaded: Loaded, prompts: list[Encoded], tokens: int, repeat
 
         agree = alone(0)[0].ids == together(0)[0].ids
         before = engine.stats
-        times = interleave({"alone": alone, "together": together}, repeats)
+        times = interleave({"alone": alone, "together": together}, repeats, clock=clock)
         after = engine.stats
     batch = (after.batched_tokens - before.batched_tokens) / (after.steps - before.steps)
     seconds = {
@@ -74,7 +76,7 @@ def measure_together(loaded: Loaded, prompts: list[Encoded], tokens: int, repeat
 
 
 def page(pictures: list[Path], first: int) -> Image.Image:
-    """A picture as large as nano reads, full of lines: 256 tokens; every ``first`` another."""
+    """A picture as large as nano reads, full of lines: 64 tokens; every ``first`` another."""
     whole = Image.new("RGB", (64 * 28, 4 * 28), "white")
     for i in range(4):
         line = Image.open(pictures[(first + i) % len(pictures)]).convert("RGB")
@@ -82,24 +84,29 @@ def page(pictures: list[Path], first: int) -> Image.Image:
     return whole
 
 
-def measure_turns(loaded: Loaded, pictures: list[Path], repeats: int) -> Any:
+def measure_turns(loaded: Loaded, pictures: list[Path], repeats: int, clock: Clock) -> Any:
     """Seconds to the first token: of a new picture, and of the turn after."""
-    firsts, seconds, agree = [], [], True
-    asked = settings(8)
+    seconds: dict[str, list[float]] = {"first_turn": [], "second_turn": []}
+    agree, asked = True, settings(1)
     for number in range(repeats + 1):
         question = user(page(pictures, number), ASKED)
         with Engine(loaded) as engine:
+
+            def answer(turn: str, prompt: Encoded, engine: Engine = engine) -> Answer:
+                start = clock()
+                found = finish(engine.submit(prompt, asked))
+                seconds[turn].append(clock() - start)
+                return found
+
             finish(engine.submit(loaded.processor.encode([user("Hello")]), asked))
-            first = finish(engine.submit(loaded.processor.encode([question]), asked))
+            first = answer("first_turn", loaded.processor.encode([question]))
             turns = loaded.processor.encode([question, assistant(first.text), user(THEN)])
-            second = finish(engine.submit(turns, asked))
+            second = answer("second_turn", turns)
         with Engine(loaded, prefix_bytes=0) as engine:
             agree &= finish(engine.submit(turns, asked)).ids == second.ids
-        if number:  # the first round warms up
-            firsts.append(first.first_token_s)
-            seconds.append(second.first_token_s)
     counts = {"prompt": len(turns.input_ids), "reused": second.cached_tokens}
-    return {"first_turn": firsts, "second_turn": seconds}, agree, counts
+    # The first round warms up.
+    return {turn: times[1:] for turn, times in seconds.items()}, agree, counts
 
 
 def main() -> int:
@@ -113,6 +120,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="a folder with PNG files")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="see README.md")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -124,8 +132,9 @@ def main() -> int:
     loaded = load(given.model, dtype=given.precision)
     loading = time.perf_counter() - started
     prompts = conversations(loaded, pictures, given.conversations)
-    steps, same_steps, batch = measure_together(loaded, prompts, given.tokens, given.repeats)
-    turns, same_turns, counts = measure_turns(loaded, pictures, given.repeats)
+    repeats, clock = given.repeats, CLOCKS[given.clock]
+    steps, same_steps, batch = measure_together(loaded, prompts, given.tokens, repeats, clock)
+    turns, same_turns, counts = measure_turns(loaded, pictures, repeats, clock)
     ratios = {
         "together": ratio(steps["alone"], steps["together"]),
         "second_turn": ratio(turns["first_turn"], turns["second_turn"]),
@@ -138,6 +147,7 @@ def main() -> int:
         "name": "serving",
         "commit": commit(),
         "machine": about,
+        "clock": given.clock,
         "model": given.model,
         "precision": given.precision,
         "conversations": given.conversations,

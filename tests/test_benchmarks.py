@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.families import family, picture
+from serve.fakes import FakeEngine, fingerprint, make_desk, png, running
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -144,6 +145,62 @@ def test_decoding_is_that_of_transformers_own_llama(
         "engine_float32",
     }
     assert set(line["ratios"]) == set(line["tokens_a_second"]) - {"llama_float32"}
+    assert "of_llama_cpp" not in line
+
+
+XLLAMACPP = """
+import types
+
+class CommonParams:
+    def __init__(self):
+        self.model, self.cpuparams, self.cpuparams_batch = (types.SimpleNamespace() for _ in "abc")
+
+class Server:
+    def __init__(self, params):
+        assert (params.model.path, params.cpuparams.n_threads) == ("some.gguf", THREADS)
+
+    def handle_completions(self, asked):
+        assert len(asked["prompt"]) > 5 and asked["n_predict"] in (2, 3)
+        sum(range(100_000))
+"""
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_llama_cpp_measures_itself_in_another_python(
+    clock: str,
+    modules: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    text = XLLAMACPP.replace("THREADS", str(torch.get_num_threads()))
+    (tmp_path / "xllamacpp.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = ["--precisions", "float32", "--tokens", "3", "--repeats", "2", "--clock", clock]
+    theirs = ["--llama-python", sys.executable, "--gguf", "some.gguf"]
+    line = run_on_toy(modules["decode"], [*options, *theirs], monkeypatch, capsys)
+    assert line["milliseconds"]["llama_cpp"]["n"] == 2
+    share = line["of_llama_cpp"]["engine_float32"]["ratio"]
+    assert set(line["of_llama_cpp"]) == {"engine_float32"}
+    assert line["goals"]["of_llama_cpp"] == {"at_least": 0.5, "best": share, "met": share >= 0.5}
+
+
+def test_a_crowd_is_compared_with_each_of_it_alone(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    engine = FakeEngine(fingerprint)
+    with running(make_desk(engine)) as url:
+        monkeypatch.setattr(sys, "argv", ["crowd", url, str(tmp_path), "--alone", "4"])
+        assert modules["crowd"].main() == 0
+        line = json.loads(capsys.readouterr().out)
+        assert (line["pictures"], line["alone"], line["different_answers"]) == (6, 4, 6)
+        asked = len(engine.asked)
+        engine.say = lambda prompt: fingerprint(prompt) + "x" * (len(engine.asked) > asked + 8)
+        assert modules["crowd"].main() == 1
+    line = json.loads(capsys.readouterr().out)
+    assert set(line["not_as_alone"]) == {"2.png", "3.png"}  # the ninth and tenth that were asked
 
 
 def test_a_prompt_without_text_is_refused() -> None:
@@ -156,13 +213,14 @@ def test_a_prompt_without_text_is_refused() -> None:
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
     import common
+    import crowd
     import decode
     import released_way
     import routing
     import serving
     import sides
 
-    return {m.__name__: m for m in (common, decode, released_way, routing, serving, sides)}
+    return {m.__name__: m for m in (common, crowd, decode, released_way, routing, serving, sides)}
 
 
 @torch.inference_mode()

@@ -63,6 +63,16 @@ def test_long_and_short_inputs_agree(group: int, dtype: torch.dtype) -> None:
     assert torch.equal(made(x[:1]), made.by_kernel(x[:1]))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("group", [32, 128])
+@torch.no_grad()
+def test_the_operator_called_here_is_the_one_of_torchao(group: int, bias: bool) -> None:
+    made, _, _ = layer(192, 256, group, bias)
+    x = torch.randn(2, 3, 256)
+    wanted = F.linear(x.bfloat16(), made.weight).float()
+    assert torch.equal(made(x), wanted if made.bias is None else wanted + made.bias)
+
+
 @pytest.mark.parametrize("group", [0, 128])
 @torch.no_grad()
 def test_inputs_may_be_views(group: int) -> None:

@@ -93,9 +93,9 @@ class Int8Linear(QuantisedLinear):
             return F.linear(x, self.weight, self.bias)
         weight: Any = self.weight
         flat = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        # Scales would be rounded to bfloat16 inside.
-        ones = flat.new_ones(self.out_features)
-        y: Tensor = torch._weight_int8pack_mm(flat, weight.qdata, ones).float() * weight.scale.t()
+        # Scales would be rounded to bfloat16 inside; here the product is float32, as they are.
+        y: Tensor = torch._weight_int8pack_mm(flat, weight.qdata, _ones(self.out_features))
+        y = y * weight.scale.t()
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -118,8 +118,15 @@ class Int4Linear(QuantisedLinear):
     long = 128
 
     def by_kernel(self, x: Tensor) -> Tensor:
-        """See :class:`QuantisedLinear`."""
-        y = F.linear(x.to(torch.bfloat16), self.weight).to(x.dtype)
+        """See :class:`QuantisedLinear`; on the CPU without torchao's way to the same operator."""
+        if _answers_on_cpu(x):
+            weight: Any = self.weight
+            flat = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+            multiply: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
+            y: Tensor = multiply(flat, weight.qdata, weight.block_size[1], weight.scale_and_zero)
+            y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        else:
+            y = F.linear(x.to(torch.bfloat16), self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def restorable(self) -> bool:
@@ -136,6 +143,12 @@ class Int4Linear(QuantisedLinear):
         scale, zero = pairs[..., 0], pairs[..., 1]
         steps.mul_(scale[:, None]).add_((zero - 8 * scale)[:, None])
         return steps.flatten(0, 1)
+
+
+@lru_cache(maxsize=64)
+def _ones(count: int) -> Tensor:
+    """``bfloat16[count]`` on the CPU; a step asks for the same few sizes a hundred times."""
+    return torch.ones(count, dtype=torch.bfloat16)
 
 
 # --- the packing of int4 ---

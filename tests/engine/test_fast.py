@@ -1,6 +1,8 @@
 """Steps with few operators against the model's own ``forward``.
 
-Tolerances: rounding of another order of additions, of scores of about one to ten.
+Tolerances, of scores with a standard deviation of 1.2: rounding of another order of additions.  In
+bfloat16 that is a few of its steps (2**-8 at one), a third of what bfloat16 itself is away from
+float32 in these models (0.13 to 0.2 at most); where the kernels are the same, both ways are equal.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image as PILImage
+from PIL.JpegImagePlugin import get_sampling
 
 from ..backend import Reply
 from ..errors import MessageError, RemoteError
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
 
     from .client import Endpoint
 
-_SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _LOSSY = frozenset({"JPEG", "WEBP", "AVIF", "HEIF", "MPO"})
-_ORIENTATION = 0x0112  # of EXIF
+_FINE = {"quality": 95, "subsampling": 0}  # of a JPEG
 _STOPS = {"stop": "end", "length": "length"}
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _OF_THE_REQUEST = frozenset({400, 413, 415, 422, 500})  # another request may fare better
@@ -66,33 +66,42 @@ def to_json(message: Message, max_side: int) -> dict[str, Any]:
 
 
 def data_url(image: Image, max_side: int, limits: ImageLimits | None = None) -> str:
-    """A picture as a ``data:`` URL: its file as it is, where a server can be trusted to read it.
+    """A picture as a ``data:`` URL: its pixels, written anew, upright.
 
-    Written anew are pictures with a side over ``max_side`` (0: no limit), those that are not
-    upright without their EXIF, animations (the first frame) and formats that servers lack.
+    Whatever else is in its file stays here: place, time and camera, comments, previews, further
+    frames, what hangs on behind.  A JPEG stays one, of its own quality; other lossy formats become
+    one of high quality, all others PNG.
+
+    Args:
+        image: of any kind.
+        max_side: pixels; larger ones are scaled down to it, 0: never.
+        limits: of what is read.
 
     Raises:
         ImageError: it cannot be read.
     """
-    source = image.source
-    picture = load_image(
-        source, limits
-    )  # refuses what is no picture: nothing else leaves this machine
-    data = b"" if isinstance(source, PILImage.Image) else _file(source)
-    kind, plain = _kind(data)
-    longest = max(picture.size)
-    if not plain or 0 < max_side < longest:
-        if 0 < max_side < longest:
-            picture.thumbnail((max_side, max_side), PILImage.Resampling.LANCZOS)
-        out = io.BytesIO()
-        if kind in _LOSSY:
-            kind = "JPEG"
-            picture.save(out, kind, quality=95, subsampling=0)
-        else:
-            kind = "PNG"
-            picture.save(out, kind)
-        data = out.getvalue()
-    return f"data:{_SENT_AS_IS[kind]};base64,{base64.b64encode(data).decode()}"
+    # Refuses what is no picture: nothing else leaves this machine.
+    picture = load_image(image.source, limits)
+    picture.info = {}  # which Pillow would write into the new file
+    kind, options = _format(image.source)
+    if 0 < max_side < max(picture.size):
+        picture.thumbnail((max_side, max_side), PILImage.Resampling.LANCZOS)
+        options = _FINE if kind == "JPEG" else options
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return f"data:{PILImage.MIME[kind]};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _format(source: Any) -> tuple[str, dict[str, Any]]:
+    """The format to write a picture in that was read from ``source``, and its options."""
+    if isinstance(source, PILImage.Image):
+        return "PNG", {}
+    with PILImage.open(io.BytesIO(_file(source))) as file:
+        if file.format not in _LOSSY:
+            return "PNG", {}
+        tables = getattr(file, "quantization", None)
+        # With the tables it was made with, a JPEG loses next to nothing, and grows by nothing.
+        return "JPEG", {"qtables": tables, "subsampling": get_sampling(file)} if tables else _FINE
 
 
 def _file(source: Any) -> bytes:
@@ -102,19 +111,6 @@ def _file(source: Any) -> bytes:
         return source
     source.seek(0)
     return bytes(source.read())
-
-
-def _kind(data: bytes) -> tuple[str, bool]:
-    """Pillow's name of the format, and whether the file may be sent as it is."""
-    if not data:
-        return "", False
-    with PILImage.open(io.BytesIO(data)) as image:
-        kind = image.format or ""
-        upright = True
-        with suppress(Exception):  # broken EXIF counts as none, as for load_image
-            upright = image.getexif().get(_ORIENTATION, 1) == 1
-        single = getattr(image, "n_frames", 1) == 1
-    return kind, kind in _SENT_AS_IS and upright and single
 
 
 # --- what comes back ---------------------------------------------------------------------------
