@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "cogvlm"
 # other.
 PLAN = """
 errors score
-settings journal
+settings journal tensors
 config fetch convert
 hub catalog
 models processor

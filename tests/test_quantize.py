@@ -302,7 +302,7 @@ def test_a_failed_run_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quantize, "save_file", full)
+    monkeypatch.setattr(quantize, "save_tensors", full)
     with pytest.raises(ResourceError, match=r"small cannot be written .*No space left"):
         quantise_folder(folder, tmp_path / "small", "int4")
     assert list(tmp_path.iterdir()) == []

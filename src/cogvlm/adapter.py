@@ -16,17 +16,19 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError, InputError, ResourceError
 from .linear import QuantisedLinear
 from .models.checkpoint import read_safetensors, report
+from .tensors import save_tensors
+
+Model = TypeVar("Model", bound=nn.Module)
 
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
@@ -191,7 +193,7 @@ def save(folder: Path, values: Mapping[str, Tensor], lora: Any, base: str) -> No
     for name, tensors in files.items():
         if tensors:
             ready = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-            save_file(ready, folder / name, metadata={"format": "pt"})
+            save_tensors(ready, folder / name)
 
 
 def _plain(value: Any) -> Any:
@@ -275,8 +277,26 @@ def _settings(path: Path) -> dict[str, Any]:
     return config
 
 
+def beside(model: Model, folder: str | Path) -> Model:
+    """The same model with an adapter on it, as a second one that shares the weights.
+
+    ``model`` stays what it was, to the bit; what the adapter adds is all the memory it takes.
+
+    Raises:
+        InputError: a model that is spread over devices; and as :func:`attach`.
+    """
+    if hasattr(model, "hf_device_map"):
+        raise InputError("an adapter beside a model that is spread: merge it (cogvlm merge)")
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    made = deepcopy(model, shared)
+    attach(made, folder)
+    return made
+
+
 def attach(model: nn.Module, folder: str | Path) -> None:
-    """Put an adapter folder on a model, in place; the LoRA stays beside the weights.
+    """Put an adapter folder on a model; the LoRA stays beside the weights.
+
+    Modules are changed in place, tensors are not: another model that has them keeps its values.
 
     Raises:
         CheckpointError: it belongs to another model, or is damaged.
@@ -313,6 +333,10 @@ def attach(model: nn.Module, folder: str | Path) -> None:
 
 def _replace(model: nn.Module, stored: Stored) -> None:
     own: dict[str, Tensor] = dict(model.named_parameters())
+    holders: dict[int, list[nn.Module]] = {}
+    for holder in model.modules():
+        for parameter in holder._parameters.values():
+            holders.setdefault(id(parameter), []).append(holder)
     report([n for n in stored.parts if n not in own], (), f"{stored.folder}, for this model")
     for name, value in stored.parts.items():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -323,9 +347,13 @@ def _replace(model: nn.Module, stored: Stored) -> None:
                 f"{stored.folder}: {name} is trained whole, and this model is quantised: merge "
                 "first (cogvlm merge), or load the model in bfloat16"
             )
-        _fit(name, value, own[name], stored)
-        with torch.no_grad():
-            own[name].copy_(value)
+        old = own[name]
+        _fit(name, value, old, stored)
+        new = nn.Parameter(value.to(old.device, old.dtype, copy=True), requires_grad=False)
+        for owner in holders[id(old)]:  # the embedding may be the head, too
+            for key, parameter in owner._parameters.items():
+                if parameter is old:
+                    owner._parameters[key] = new
 
 
 def _fit(name: str, value: Tensor, own: Tensor, stored: Stored) -> None:

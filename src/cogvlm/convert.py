@@ -62,8 +62,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """
     import torch
     from rich.console import Console
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .tensors import save_tensors
 
     note = f"converting {gguf.name}, once (about a minute)"
     with Console(file=sys.stderr).status(note), _quiet():
@@ -79,7 +80,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
         if config["tie_word_embeddings"]:
             del tensors["lm_head.weight"]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors")
         _write_json(folder / "config.json", {"architectures": [type(model).__name__], **config})
         _write_tokenizer(tokenizer, folder, config["max_position_embeddings"])
 

@@ -79,6 +79,12 @@ def stored_precision(folder: Path) -> str | None:
     return _read(folder).kept
 
 
+def configuration(folder: Path) -> tuple[FamilyConfig, str | None]:
+    """What a folder holds by its config.json, and what it is quantised to; none: it is not."""
+    source = _read(folder)
+    return source.config, source.kept
+
+
 def pick(device: str | torch.device | None) -> torch.device:
     """The device named, or the best one here: CUDA, Apple's MPS, CPU.
 

@@ -136,7 +136,7 @@ def parts_of(config: FamilyConfig) -> dict[str, Size]:
     if getattr(made, "expert_every", 1) != 1:
         return weights(parameter_shapes(skeleton(config)))
     one, decoder, tower = (
-        weights(parameter_shapes(skeleton(_shallow(config, *layers))))
+        weights(parameter_shapes(skeleton(shallow(config, *layers))))
         for layers in ((1, 1), (2, 1), (1, 2))
     )
     found = {}
@@ -146,7 +146,8 @@ def parts_of(config: FamilyConfig) -> dict[str, Size]:
     return found
 
 
-def _shallow(config: FamilyConfig, layers: int, tower_layers: int) -> FamilyConfig:
+def shallow(config: FamilyConfig, layers: int, tower_layers: int) -> FamilyConfig:
+    """The same model with other numbers of layers."""
     changed: Any = deepcopy(config)
     changed.num_hidden_layers = layers
     changed.vision.num_hidden_layers = tower_layers

@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import linear
@@ -45,6 +44,7 @@ from .errors import CheckpointError, InputError, ResourceError
 from .models import shards
 from .models.checkpoint import report
 from .packed import kernels
+from .tensors import save_tensors
 
 PRECISIONS = ("int8", "int4", "int4-all")
 ON_LOADING = (*PRECISIONS, "nf4")  # nf4 is not written: bitsandbytes has files of its own
@@ -84,6 +84,15 @@ def _group(name: str, module: nn.Linear, precision: str) -> int:
     if precision == "nf4":
         return _NF4
     return next((size for size in _GROUPS if module.in_features % size == 0), _INT8)
+
+
+def stored_as(group: int, rows: int, columns: int) -> tuple[str, int]:
+    """The number format of a matrix of a plan, and its bytes, scales included."""
+    if group == _INT8:
+        return "int8", rows * (columns + 4)
+    if group == _NF4:
+        return "nf4", rows * columns // 2 + 4 * rows * columns // 64
+    return "int4", rows * columns // 2 + 4 * rows * columns // group
 
 
 # --- numbers ---
@@ -377,7 +386,7 @@ def _write_weights(tensors: Iterable[tuple[str, Tensor]], box: Path) -> None:
     size = total = 0
 
     def flush() -> None:
-        save_file(ready, box / f"part-{len(files)}", metadata={"format": "pt"})
+        save_tensors(ready, box / f"part-{len(files)}")
         files.append(list(ready))
         ready.clear()
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from cogvlm.config import CogVLMConfig, preset
 from cogvlm.errors import ConfigError, InputError
 from cogvlm.load import load_model, skeleton
+from cogvlm.models import cogvlm
 from cogvlm.models.cogvlm import CogVLMForCausalLM
 from fakes import image, left_pad, row, toy_model
 
@@ -165,6 +166,31 @@ def test_logits_are_computed_only_where_labelled() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     model(**inputs, logits_to_keep=1)
     assert seen == [3, inputs["input_ids"].shape[1], 1]
+
+
+def test_a_loss_taken_in_parts_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy_model()
+    inputs = row(model, 1, image(1), 8)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, -5:] = inputs["input_ids"][0, -5:]
+    found = []
+    for most in (cogvlm.LOGITS, 2 * model.config.vocab_size, 1):  # one part, three, five
+        monkeypatch.setattr(cogvlm, "LOGITS", most)
+        seen: list[int] = []
+        hook = model.lm_head.register_forward_hook(lambda _m, a, _o, s=seen: s.append(len(a[0])))
+        model.zero_grad()
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        hook.remove()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), grads, seen))
+    (loss, grads, seen), *parts = found
+    assert seen == [5] and parts[0][2][:3] == [2, 2, 1] and parts[1][2][:5] == [1] * 5
+    assert len(parts[0][2]) == 6  # the backward pass computed them again
+    for again, others, _ in parts:
+        torch.testing.assert_close(again, loss, rtol=1e-6, atol=1e-6)
+        for name, grad in grads.items():
+            torch.testing.assert_close(others[name], grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_batch_without_labels_has_no_loss_but_a_gradient() -> None:

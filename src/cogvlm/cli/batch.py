@@ -107,6 +107,7 @@ def evaluate(
     ] = False,
     model: ModelOption = "nano",
     tokenizer: TokenizerOption = None,
+    adapter: AdapterOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 16,
     max_new_tokens: TokensOption = 96,
     precision: PrecisionOption = Precision.auto,
@@ -140,7 +141,7 @@ def evaluate(
         score = score_answers(requests, output, metric)
     else:
         settings = GenerationSettings(max_new_tokens)
-        loaded = load(model, precision, device, tokenizer, allow_pickle)
+        loaded = load(model, precision, device, tokenizer, allow_pickle, adapter)
         with progress("answering") as show:
             score = score_file(requests, output, loaded, batch_size, settings, show, metric)
     typer.echo(as_line(score))

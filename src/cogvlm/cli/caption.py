@@ -17,6 +17,7 @@ import typer
 from ..errors import InputError
 from .backends import BaseUrlOption, KeyOption, SideOption, given, opened
 from .shared import (
+    AdapterOption,
     ModelOption,
     PickleOption,
     Precision,
@@ -97,6 +98,7 @@ def caption(
     ] = False,
     model: ModelOption = "nano",
     tokenizer: TokenizerOption = None,
+    adapter: AdapterOption = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -137,11 +139,12 @@ def caption(
 
     def source(job: Job) -> Generator[list[Result], None, None]:
         if len(devices) > 1:
-            opener = partial(_open_local, model, precision.value, tokenizer, allow_pickle)
+            chosen = (model, precision.value, tokenizer, allow_pickle, adapter)
+            opener = partial(_open_local, *chosen)
             yield from spread(job, opener, devices)
             return
-        chosen = (tokenizer, allow_pickle, base_url, api_key_env, max_side)
-        with opened(context, model, precision, devices[0], *chosen) as backend:
+        more = (tokenizer, allow_pickle, base_url, api_key_env, max_side, adapter)
+        with opened(context, model, precision, devices[0], *more) as backend:
             yield from work(job, backend)
 
     with _sink(form, folder, output, shard_size, overwrite) as sink, _progress() as show:
@@ -183,7 +186,13 @@ def _devices(device: list[str] | None, processes: int | None) -> list[str]:
 
 
 def _open_local(
-    model: str, precision: str, tokenizer: str | None, allow_pickle: bool, device: str, count: int
+    model: str,
+    precision: str,
+    tokenizer: str | None,
+    allow_pickle: bool,
+    adapter: Path | None,
+    device: str,
+    count: int,
 ) -> Backend:
     """A worker's model; runs in a process of its own."""
     quiet_libraries()
@@ -193,7 +202,8 @@ def _open_local(
 
     # Without this every process would take all cores, and all would wait for each other.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    return LocalBackend(load(model, Precision(precision), device, tokenizer, allow_pickle))
+    numbers = Precision(precision)
+    return LocalBackend(load(model, numbers, device, tokenizer, allow_pickle, adapter))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ..errors import CogVLMError
 from ..journal import one_line
 from .backends import BaseUrlOption, KeyOption, SideOption, opened
 from .shared import (
+    AdapterOption,
     DeviceOption,
     ModelOption,
     PickleOption,
@@ -54,6 +55,7 @@ def chat(
     ] = None,
     model: ModelOption = "nano",
     tokenizer: TokenizerOption = None,
+    adapter: AdapterOption = None,
     max_new_tokens: TokensOption = 512,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -79,7 +81,7 @@ def chat(
     for image in images or []:
         session.add(image)
     chosen = (model, precision, device, tokenizer, allow_pickle, base_url, api_key_env, max_side)
-    with opened(context, *chosen) as backend:
+    with opened(context, *chosen, adapter) as backend:
         typed = sys.stdin.isatty()
         if typed:
             _tell(f"{backend.name}; /help lists what can be done, Ctrl-D ends")

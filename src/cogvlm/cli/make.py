@@ -22,11 +22,25 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on from the last checkpoint, or not.")
     ] = True,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what memory it needs, by part.")
+    ] = False,
+    device_memory: Annotated[
+        str | None, typer.Option(metavar="24GB", help="With --plan: on a card of this size.")
+    ] = None,
 ) -> None:
     """Train what a recipe says; stop it with Ctrl-C, run it again to go on."""
     if not recipe.is_file():
         raise InputError(f"{recipe}: no such recipe")
+    if device_memory is not None and not plan:
+        raise InputError("--device-memory is for --plan")
     quiet_libraries()
+    if plan:
+        from ..train import plan as planning
+
+        for line in planning.report(recipe, changes or [], device_memory):
+            typer.echo(line)
+        return
     from ..train.run import run as run_recipe
 
     folder = run_recipe(recipe, changes or [], out, resume)

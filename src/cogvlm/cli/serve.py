@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ResourceError
+from ..errors import InputError, ResourceError
 from .backends import BaseUrlOption, KeyOption, SideOption, endpoint_of, refuse_remote
 from .shared import (
     DeviceOption,
@@ -41,6 +43,12 @@ def serve(
     context: typer.Context,
     model: ModelOption = "nano",
     tokenizer: TokenizerOption = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER", help="What was tuned on the model, as MODEL:NAME; repeatable."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
@@ -94,6 +102,7 @@ def serve(
     _plain_logs(quiet)
     if not base_url:
         refuse_remote(context)
+    tuned = _named(adapter or ())
     sock = bind(host, port)
     _warn_if_open(host, settings)
     if base_url:
@@ -101,21 +110,55 @@ def serve(
         _serve_remote(endpoint, name, settings, slots, sock)
         return
     loaded = load(model, precision, device, tokenizer, allow_pickle)
-    _serve_local(loaded, name, settings, slots, queue, sock)
+    _serve_local(loaded, name, tuned, settings, slots, queue, sock)
+
+
+def _named(given: Sequence[str]) -> dict[str, Path]:
+    """Adapter folders by their names; a folder's own where none is given.
+
+    Raises:
+        InputError: two of one name, or a name that cannot be asked for.
+    """
+    found: dict[str, Path] = {}
+    for one in given:
+        name, _, folder = one.rpartition("=")
+        path = Path(folder)
+        name = name or path.resolve().name
+        if name in found or not name or set(name) & set(" :/\\"):
+            raise InputError(f"--adapter {one}: give each a name of its own, NAME=FOLDER")
+        found[name] = path
+    return found
 
 
 def _serve_local(
-    loaded: Loaded, name: str | None, settings: Settings, slots: int, queue: int, sock: socket
+    loaded: Loaded,
+    name: str | None,
+    tuned: dict[str, Path],
+    settings: Settings,
+    slots: int,
+    queue: int,
+    sock: socket,
 ) -> None:
-    from ..engine.service import Engine
+    from .. import adapter
+    from ..engine.service import MIB, Engine
     from ..serve import Desk, Server, build, facts_of
 
-    engine = Engine(loaded, slots=slots, queue=queue)
-    try:
-        desk = Desk(engine, loaded.processor, facts_of(loaded, name), settings)
-        Server(build(desk), desk, sock, lambda url: _announce(desk.facts.name, url)).run()
-    finally:
-        engine.close()
+    facts = facts_of(loaded, name)
+    all_ = {facts.name: loaded}
+    for short, folder in tuned.items():
+        full = f"{facts.name}:{short}"
+        all_[full] = replace(loaded, model=adapter.beside(loaded.model, folder), name=full)
+    # Each has its own memory of prompts and pictures; together they have what one would have.
+    share = {"prefix_bytes": 512 * MIB // len(all_), "image_bytes": 256 * MIB // len(all_)}
+    with ExitStack() as stack:
+        made = []
+        for full, one in all_.items():
+            engine = Engine(one, slots=slots, queue=queue, **share)
+            made.append((stack.enter_context(closing(engine)), facts_of(one, full)))
+        engine, _ = made[0]
+        desk = Desk(engine, loaded.processor, facts, settings, made[1:])
+        said = ", ".join(desk.models)
+        Server(build(desk), desk, sock, lambda url: _announce(said, url)).run()
 
 
 def _serve_remote(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -38,6 +39,8 @@ from .positions import Route
 from .vision import VisionModel
 
 Images = Tensor | list[Tensor] | None
+
+LOGITS = 1 << 25  # that the loss holds at one time: 134 MB in float32
 
 # How layers are cut over processes, in transformers' words; see parallel.py.  A fused
 # query_key_value is gathered, since a plain cut through it is no cut between heads.
@@ -174,14 +177,31 @@ class CogVLMModel(CogVLMPreTrainedModel):
             stored = inverse_frequencies(dim, self.config.rope_theta).to(stored.device)
         return rotary_table(stored, position_ids.to(stored.device), dtype)
 
+    def packed_position_ids(self, types: Tensor, places: Tensor, images: Images) -> Tensor:
+        """Position ids of sequences packed into rows: each has those it would have on its own."""
+        lengths = positions.packed_lengths(places)
+        apart = nn.utils.rnn.pad_sequence(list(types.flatten().split(lengths)), batch_first=True)
+        found = self.position_ids(apart, None, images)
+        pieces = [found[..., i, :length] for i, length in enumerate(lengths)]
+        return torch.cat(pieces, dim=-1).view(*found.shape[:-2], *types.shape)
+
     def attention_mask(
-        self, embeds: Tensor, types: Tensor | None, mask: Tensor | None, cache: Cache | None
+        self,
+        embeds: Tensor,
+        types: Tensor | None,
+        mask: Tensor | None,
+        cache: Cache | None,
+        places: Tensor | None = None,
     ) -> Any:
         """What the attention kernel takes; none where plain causal attention will do."""
         blocks = None
-        if self.config.image_attention == "full" and types is not None and embeds.shape[1] > 1:
+        if types is not None and embeds.shape[1] > 1 and self.config.image_attention == "full":
             blocks = positions.block_ids(types)
-        return create_causal_mask(self.config, embeds, mask, cache, block_sequence_ids=blocks)
+        if places is not None and "flash" in (self.config._attn_implementation or ""):
+            raise InputError("packed sequences: this attention takes no mask; take sdpa")
+        return create_causal_mask(
+            self.config, embeds, mask, cache, position_ids=places, block_sequence_ids=blocks
+        )
 
     def forward(
         self,
@@ -195,6 +215,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         last_only: bool = False,
+        sequence_positions: Tensor | None = None,
         **extra: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the given tokens.
@@ -213,6 +234,9 @@ class CogVLMModel(CogVLMPreTrainedModel):
                 every layer, the last after the final norm.
             last_only: ``last_hidden_state`` is of the last token of each row alone,
                 ``float[B, 1, D]``: what the last layer computes for the others is left out.
+            sequence_positions: ``int64[B, L]`` where rows hold several sequences that do not see
+                each other: the place of each token in its own, from 0.  Each ends with text;
+                there is no padding and no cache.
 
         Raises:
             InputError: images and placeholders do not fit, or positions are missing.
@@ -231,12 +255,19 @@ class CogVLMModel(CogVLMPreTrainedModel):
         if position_ids is None:
             if past:
                 raise InputError(f"{past} tokens are cached: give position_ids for the new ones")
-            position_ids = self.position_ids(types, attention_mask, pixel_values)
+            if sequence_positions is None:
+                position_ids = self.position_ids(types, attention_mask, pixel_values)
+            else:
+                position_ids = self.packed_position_ids(types, sequence_positions, pixel_values)
+        if sequence_positions is not None and (attention_mask is not None or past or use_cache):
+            raise InputError("packed sequences take no attention_mask and no cache")
         cos, sin = self.rotary(position_ids, inputs_embeds.dtype)
         decoding = inputs_embeds.shape[1] == 1 or self.config.visual_expert == "none"
         experts = None if decoding else positions.expert_mask(types)
         route = Route.text(*inputs_embeds.shape[:2]) if experts is None else Route.of(experts)
-        kernel_mask = self.attention_mask(inputs_embeds, types, attention_mask, past_key_values)
+        kernel_mask = self.attention_mask(
+            inputs_embeds, types, attention_mask, past_key_values, sequence_positions
+        )
         step = Step(route, cos, sin, kernel_mask, past_key_values)
         step = self.extend_step(step, types, extra)
         inputs_embeds = widened(inputs_embeds)
@@ -349,13 +380,26 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
     def answer_loss(self, hidden: Tensor, labels: Tensor, count: int | Tensor | None) -> Tensor:
         """Mean cross-entropy of the labels, each predicted from the place before it.
 
+        Many labels are taken some at a time, and the backward pass computes their logits again:
+        of 4,096 answers of CogVLM2, those would be 2.1 GB, and their gradients as much.
+
         With no label at all it is zero, and still has a gradient (of zero).
         """
-        shifted = labels[:, 1:].to(hidden.device)
-        asked = shifted != -100
-        logits = self.lm_head(hidden[:, :-1][asked]).float()  # [labels, V]
-        total = F.cross_entropy(logits, shifted[asked], reduction="sum")
-        return total / (count if count is not None else max(1, len(logits)))
+        row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # where the labels are
+        truths = labels[:, 1:][row, column].to(hidden.device)
+        asked = hidden[row.to(hidden.device), column.to(hidden.device)]  # [labels, D]
+        step = max(1, LOGITS // self.lm_head.out_features)
+        parts = list(zip(asked.split(step), truths.split(step), strict=True))
+        if len(parts) > 1 and torch.is_grad_enabled():
+            total = sum(checkpoint(self._loss_of, *part, use_reentrant=False) for part in parts)
+        else:
+            total = sum(self._loss_of(*part) for part in parts)
+        loss: Tensor = total / (count if count is not None else max(1, len(truths)))
+        return loss
+
+    def _loss_of(self, hidden: Tensor, truths: Tensor) -> Tensor:
+        """Summed cross-entropy of the places ``float[n, D]``."""
+        return F.cross_entropy(self.lm_head(hidden).float(), truths, reduction="sum")
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]

@@ -287,14 +287,21 @@ class Glm4vModel(CogVLMModel):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def attention_mask(
-        self, embeds: Tensor, types: Tensor | None, mask: Tensor | None, cache: Cache | None
+        self,
+        embeds: Tensor,
+        types: Tensor | None,
+        mask: Tensor | None,
+        cache: Cache | None,
+        places: Tensor | None = None,
     ) -> Any:
         """What the attention kernel takes; none where plain causal attention will do.
 
         Padding queries attend to everything, as released, where the kernel takes a full mask.
         """
+        if mask is None:
+            return super().attention_mask(embeds, None, None, cache, places)
         made = create_causal_mask(self.config, embeds, mask, cache)
-        if mask is None or mask.ndim != 2 or not isinstance(made, Tensor) or made.ndim != 4:
+        if mask.ndim != 2 or not isinstance(made, Tensor) or made.ndim != 4:
             return made
         padding = (mask[:, -embeds.shape[1] :] == 0).to(made.device)[:, None, :, None]
         return made | padding if made.dtype is torch.bool else made.masked_fill(padding, 0.0)

@@ -155,6 +155,24 @@ def block_ids(types: Tensor) -> Tensor:
     return torch.where(image, starts.long().cumsum(dim=1) - 1, -1)
 
 
+def packed_lengths(places: Tensor) -> list[int]:
+    """Lengths of the sequences that are packed into rows, row after row.
+
+    Args:
+        places: ``int64[B, L]``, the place of each token in its own sequence, from 0.
+
+    Raises:
+        InputError: a row does not begin with the first token of a sequence.
+
+    >>> packed_lengths(torch.tensor([[0, 1, 2, 0, 1]]))
+    [3, 2]
+    """
+    if bool(places[:, 0].any()):
+        raise InputError("a packed row does not begin with the first token of a sequence")
+    starts = (places.flatten() == 0).nonzero().flatten().tolist()
+    return [end - start for start, end in pairwise([*starts, places.numel()])]
+
+
 @dataclass(frozen=True)
 class Route:
     """The cut of a batch into language and vision tokens, found once a forward.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +19,7 @@ import anyio.to_thread
 import numpy as np
 from starlette.requests import Request
 
-from ..errors import MessageError
+from ..errors import ConfigError, MessageError
 from ..processor import ImageLimits, Message, Processor, user
 from ..processor.encode import Encoded
 from .front import Facts, Front, Refused
@@ -87,13 +87,28 @@ class Desk(Front):
         processor: of the engine's model; pictures over the server's limit are refused.
         facts: what is said of the model.
         settings: limits and rules.
+        more: engines of the same model with adapters, and what is said of them.  An engine has
+            its own batches and its own memory of prompts, so no request meets another model's.
+
+    Raises:
+        ConfigError: two of one name.
     """
 
     def __init__(
-        self, engine: Engine, processor: Processor, facts: Facts, settings: Settings
+        self,
+        engine: Engine,
+        processor: Processor,
+        facts: Facts,
+        settings: Settings,
+        more: Sequence[tuple[Engine, Facts]] = (),
     ) -> None:
         super().__init__(facts, settings)
         self.engine = engine
+        self._engines = {facts.name: engine}
+        for other, said in more:
+            if said.name in self.models:
+                raise ConfigError(f"two models are called {said.name!r}; give one another name")
+            self.models[said.name], self._engines[said.name] = said, other
         pixels = min(settings.limits.pixels, processor.limits.max_pixels)
         self.processor = replace(processor, limits=ImageLimits(max_pixels=pixels))
         if processor.max_images is not None:
@@ -101,17 +116,20 @@ class Desk(Front):
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's counters."""
-        return self.engine.stats
+        """The engines' counters, added up."""
+        first, *rest = (engine.stats for engine in self._engines.values())
+        for other in rest:
+            first = type(first)(**{k: v + getattr(other, k) for k, v in vars(first).items()})
+        return first
 
     async def warm(self) -> None:
         """Answer one token, so that the first caller does not wait for what is set up then."""
         from ..engine.sampling import Sampling
 
         prompt = await self.work(lambda: self.processor.encode([user("Hi")]))
-        ticket = self.engine.submit(prompt, Sampling(max_new_tokens=1))
-        async for _ in follow(ticket):
-            pass
+        for engine in self._engines.values():
+            async for _ in follow(engine.submit(prompt, Sampling(max_new_tokens=1))):
+                pass
         self.ready = True
 
     async def ask(
@@ -120,6 +138,7 @@ class Desk(Front):
         make: Callable[[], Encoded],
         sampling: Sampling,
         slow: bool = False,
+        model: str | None = None,
     ) -> Reply:
         """Make the prompt, queue it and wait until the answer begins.
 
@@ -128,6 +147,7 @@ class Desk(Front):
             make: the prompt; called in a worker thread.
             sampling: how to answer.
             slow: whether there are pictures to fetch.
+            model: which of :attr:`models`; none: the first.
 
         Raises:
             Refused: the server is closing, or time is over before the answer began.
@@ -135,11 +155,12 @@ class Desk(Front):
         """
         if self.closing:
             raise self.shut()
+        engine = self.engine if model is None else self._engines[model]
         reply = Reply(self, request)
         try:
             async with reply.watched():
                 # A grammar is compiled when it is submitted, so that is work too.
-                await self.work(lambda: reply.hold(self.engine.submit(make(), sampling)), slow)
+                await self.work(lambda: reply.hold(engine.submit(make(), sampling)), slow)
                 await reply.first()
         except BaseException:
             reply.close()

@@ -64,6 +64,7 @@ class Front:
 
     def __init__(self, facts: Facts, settings: Settings) -> None:
         self.facts, self.settings = facts, settings
+        self.models = {facts.name: facts}  # all that may be asked for; the first is the server's
         self.max_images = settings.limits.images
         self.metrics = Metrics()
         self.ready = self.closing = False

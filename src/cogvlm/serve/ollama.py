@@ -19,7 +19,7 @@ from ..processor.messages import Part
 from . import media
 from .desk import Desk, Reply
 from .errors import problem_of
-from .front import Refused
+from .front import Facts, Refused
 from .openai import FINISH
 from .protocol import OllamaChat, OllamaGenerate, OllamaMessage, OllamaOptions, OllamaShow
 from .tokens import chat_logprobs
@@ -39,34 +39,33 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.post("/api/chat")
     async def chat(wanted: OllamaChat, request: Request) -> Response:
-        _check_model(desk, wanted.model)
-        writer = _Writer(desk, wanted, lambda t: {"message": {"role": "assistant", "content": t}})
+        facts = _check_model(desk, wanted.model)
+        writer = _Writer(facts, wanted, lambda t: {"message": {"role": "assistant", "content": t}})
         if not wanted.messages:
             return writer.loaded()
         images = sum(len(m.images or ()) for m in wanted.messages)
         sampling = _sampling(desk, wanted, [m.content for m in wanted.messages], images)
         make = desk.chat(lambda: _messages(wanted.messages))
-        return await writer.respond(await desk.ask(request, make, sampling))
+        return await writer.respond(await desk.ask(request, make, sampling, model=facts.name))
 
     @router.post("/api/generate")
     async def generate(wanted: OllamaGenerate, request: Request) -> Response:
-        _check_model(desk, wanted.model)
-        writer = _Writer(desk, wanted, lambda text: {"response": text})
+        facts = _check_model(desk, wanted.model)
+        writer = _Writer(facts, wanted, lambda text: {"response": text})
         if not wanted.prompt and not wanted.images:
             return writer.loaded()
         texts = [wanted.prompt, wanted.system or ""]
         sampling = _sampling(desk, wanted, texts, len(wanted.images or ()))
-        reply = await desk.ask(request, _prompt(desk, wanted), sampling)
+        reply = await desk.ask(request, _prompt(desk, wanted), sampling, model=facts.name)
         return await writer.respond(reply)
 
     @router.get("/api/tags")
     async def tags() -> Response:
-        return JSONResponse({"models": [_entry(desk)]})
+        return JSONResponse({"models": [_entry(facts) for facts in desk.models.values()]})
 
     @router.post("/api/show")
     async def show(wanted: OllamaShow) -> Response:
-        _check_model(desk, wanted.model)
-        return JSONResponse(_show(desk))
+        return JSONResponse(_show(desk, _check_model(desk, wanted.model)))
 
     @router.get("/api/version")
     async def version() -> Response:
@@ -75,30 +74,29 @@ def routes(desk: Desk) -> APIRouter:
     return router
 
 
-def _check_model(desk: Desk, name: str) -> None:
-    if name.removesuffix(":latest") != desk.facts.name:
-        raise Refused(
-            404, "model_not_found", f"model {name[:100]!r} not found; this is {desk.facts.name!r}"
-        )
+def _check_model(desk: Desk, name: str) -> Facts:
+    found = desk.models.get(name) or desk.models.get(name.removesuffix(":latest"))
+    if found is None:
+        here = ", ".join(map(repr, desk.models))
+        raise Refused(404, "model_not_found", f"model {name[:100]!r} not found; this is {here}")
+    return found
 
 
 # --- what there is ---------------------------------------------------------------------------
 
 
-def _entry(desk: Desk) -> dict[str, Any]:
-    facts = desk.facts
+def _entry(facts: Facts) -> dict[str, Any]:
     return {
         "name": facts.name,
         "model": facts.name,
         "modified_at": _time(facts.created),
         "size": facts.size,
         "digest": "",
-        "details": _details(desk),
+        "details": _details(facts),
     }
 
 
-def _details(desk: Desk) -> dict[str, Any]:
-    facts = desk.facts
+def _details(facts: Facts) -> dict[str, Any]:
     return {
         "parent_model": "",
         "format": "safetensors",
@@ -109,8 +107,7 @@ def _details(desk: Desk) -> dict[str, Any]:
     }
 
 
-def _show(desk: Desk) -> dict[str, Any]:
-    facts = desk.facts
+def _show(desk: Desk, facts: Facts) -> dict[str, Any]:
     info = {
         "general.architecture": facts.family,
         "general.parameter_count": facts.parameters,
@@ -119,7 +116,7 @@ def _show(desk: Desk) -> dict[str, Any]:
     return {
         "modified_at": _time(facts.created),
         "template": desk.processor.template.name,
-        "details": _details(desk),
+        "details": _details(facts),
         "model_info": info,
         "capabilities": ["completion", "vision"],
     }
@@ -198,8 +195,10 @@ def _sampling(
 class _Writer:
     """Writes one answer; ``content`` puts a text where the route has it."""
 
-    def __init__(self, desk: Desk, wanted: OllamaChat | OllamaGenerate, content: _Content) -> None:
-        self._model, self._content = desk.facts.name, content
+    def __init__(
+        self, facts: Facts, wanted: OllamaChat | OllamaGenerate, content: _Content
+    ) -> None:
+        self._model, self._content = facts.name, content
         self._stream = wanted.stream is not False
         self._logprobs = bool(wanted.logprobs)
 

@@ -18,7 +18,7 @@ from ..processor.messages import Part
 from . import media
 from .desk import Desk, Reply
 from .errors import problem_of
-from .front import Front, Refused
+from .front import Facts, Front, Refused
 from .protocol import (
     AssistantMessage,
     ChatRequest,
@@ -53,7 +53,7 @@ def routes(desk: Desk) -> APIRouter:
         tokens = desk.check(words, images, asked_tokens(wanted))
         make = desk.chat(lambda: _messages(wanted, desk.settings.urls))
         sampling = _chat_sampling(wanted, tokens)
-        reply = await desk.ask(request, make, sampling, slow=fetches(wanted))
+        reply = await desk.ask(request, make, sampling, fetches(wanted), wanted.model)
         return await _respond(writer, reply)
 
     @router.post(_COMPLETION)
@@ -63,7 +63,8 @@ def routes(desk: Desk) -> APIRouter:
         prompt = wanted.prompt if isinstance(wanted.prompt, str) else wanted.prompt[0]
         tokens = desk.check([prompt], 0, wanted.max_tokens)
         sampling = _sampling(wanted, tokens, wanted.logprobs)
-        reply = await desk.ask(request, lambda: desk.raw(prompt), sampling)
+        make = lambda: desk.raw(prompt)  # noqa: E731
+        reply = await desk.ask(request, make, sampling, model=wanted.model)
         return await _respond(writer, reply)
 
     router.include_router(model_routes(desk))
@@ -76,28 +77,28 @@ def model_routes(desk: Front) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model(desk)]})
+        data = [_model(desk, facts) for facts in desk.models.values()]
+        return JSONResponse({"object": "list", "data": data})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        check_model(desk, name)
-        return JSONResponse(_model(desk))
+        return JSONResponse(_model(desk, check_model(desk, name)))
 
     return router
 
 
-def check_model(desk: Front, name: str) -> None:
-    """Raise :class:`Refused` for any model but the one."""
-    if name != desk.facts.name:
-        error = Refused(
-            404, "model_not_found", f"no model {name[:100]!r} here; this is {desk.facts.name!r}"
-        )
+def check_model(desk: Front, name: str) -> Facts:
+    """The facts of a model; raises :class:`Refused` for any that is not here."""
+    if name not in desk.models:
+        here = ", ".join(map(repr, desk.models))
+        error = Refused(404, "model_not_found", f"no model {name[:100]!r} here; this is {here}")
         error.param = "model"
         raise error
+    return desk.models[name]
 
 
-def _model(desk: Front) -> dict[str, Any]:
-    facts, limits = desk.facts, desk.settings.limits
+def _model(desk: Front, facts: Facts) -> dict[str, Any]:
+    limits = desk.settings.limits
     return {
         "id": facts.name,
         "object": "model",
@@ -229,7 +230,7 @@ class _Writer:
             raise InputError("stream_options: needs stream=true; give both or neither")
         self.usage = options is not None and bool(options.include_usage)
         self.head = {"id": f"{self.prefix}{uuid.uuid4().hex}", "created": int(time.time())}
-        self.head["model"] = desk.facts.name
+        self.head["model"] = wanted.model
 
     def whole(self, reply: Reply, pieces: Sequence[Piece]) -> dict[str, Any]:
         choice = {"index": 0, "finish_reason": FINISH[reply.answer.stop]}

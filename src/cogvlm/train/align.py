@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.vision import VisionModel
 from ..processor.tokenizer import Tokenizer
+from ..tensors import save_tensors
 from .lines import LineBatch
 from .read import Reader, ReadObjective
 
@@ -154,4 +154,4 @@ class AlignObjective(ReadObjective):
         vision = {f"model.vision.{k}": v for k, v in self.trained.vision.state_dict().items()}
         head = {f"head.{k}": v for k, v in self.trained.head.state_dict().items()}
         tensors = {k: v.detach().cpu() for k, v in {**vision, **head}.items()}
-        save_file(tensors, folder / "vision.safetensors")
+        save_tensors(tensors, folder / "vision.safetensors")

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as Picture
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import CogVLMConfig
@@ -23,6 +22,7 @@ from ..models.cogvlm import CogVLMForCausalLM
 from ..processor import Processor
 from ..processor.messages import user
 from ..score import cer
+from ..tensors import save_tensors
 from .align import CellPieces
 from .lines import LineBatch, LinePools
 
@@ -140,5 +140,5 @@ class AnswerObjective:
             for name, tensor in state.items()
             if is_vision(name)
         }
-        save_file(tensors, folder / "model.safetensors")
+        save_tensors(tensors, folder / "model.safetensors")
         self.trained.config.to_json_file(folder / "config.json", use_diff=True)

@@ -5,7 +5,7 @@ Trained parameters are float32 always; the rest keeps the dtype it was loaded in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -40,9 +40,19 @@ class Compute:
         self.scaler.scale(loss).backward()
 
     def update(
-        self, optimizers: Sequence[torch.optim.Optimizer], params: list[Tensor], clip: float
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        params: list[Tensor],
+        clip: float,
+        together: Callable[[Tensor], Tensor] | None = None,
     ) -> float | None:
         """Clip and step; the gradient's norm before that, or none where it was not finite.
+
+        Args:
+            optimizers: of ``params``.
+            params: some of which have gradients.
+            clip: the largest norm.
+            together: makes the norm of one process's gradients that of all processes'.
 
         Raises:
             CheckpointError: ``fp16``, and not finite however small the loss is scaled.
@@ -52,9 +62,12 @@ class Compute:
         for optimizer in optimizers:
             if any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
                 self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(params, clip)
+        grads = [p.grad for p in params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = together(norm) if together else norm
         finite = bool(torch.isfinite(norm))
         if finite:
+            torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
             for optimizer in optimizers:
                 optimizer.step()
         if self.scaler.is_enabled():
@@ -74,19 +87,26 @@ class Compute:
             self.scaler.load_state_dict(state)
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of decoder and towers."""
+    return [
+        layer
+        for name, found in model.named_modules()
+        if isinstance(found, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "blocks")
+        for layer in found
+    ]
+
+
 def recompute(model: nn.Module) -> int:
     """Keep no activations inside the layers of decoder and towers: the backward computes them anew.
 
     Returns:
         How many layers there are.
     """
-    count = 0
-    for name, layers in model.named_modules():
-        if isinstance(layers, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "blocks"):
-            for layer in layers:
-                layer.forward = partial(_recomputed, layer.forward)
-                count += 1
-    return count
+    found = layers(model)
+    for layer in found:
+        layer.forward = partial(_recomputed, layer.forward)
+    return len(found)
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:

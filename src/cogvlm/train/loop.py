@@ -11,7 +11,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, ResourceError
 from .average import Average
 from .compute import Compute
+from .distributed import Shared, alone, each, part, share_of, whole
 from .log import Log, Tracker
 from .muon import Muon
 
@@ -40,7 +42,7 @@ class Schedule:
     """
 
     steps: int
-    optimizer: str = "adamw"  # adamw | muon
+    optimizer: str = "adamw"  # adamw | adamw8bit | muon
     lr: float = 1e-3
     warmup: int = 200
     decay: str = "cosine"  # cosine | linear | constant
@@ -65,8 +67,10 @@ class Schedule:
                 raise ConfigError(f"schedule: {name} is {value!r}; give 1 or more")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"schedule: ema is {self.ema}; give 0 or more, below 1")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ConfigError(f"schedule: optimizer {self.optimizer!r} is not adamw or muon")
+        if self.optimizer not in ("adamw", "adamw8bit", "muon"):
+            raise ConfigError(
+                f"schedule: optimizer {self.optimizer!r} is not adamw, adamw8bit or muon"
+            )
         if self.decay not in ("cosine", "linear", "constant"):
             raise ConfigError(f"schedule: decay {self.decay!r} is not cosine, linear or constant")
 
@@ -147,29 +151,44 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and ".layers." in name
 
 
-def optimizers(objective: Objective, plan: Schedule) -> list[torch.optim.Optimizer]:
-    """One for everything, or two for ``optimizer="muon"``.
+def optimizers(
+    objective: Objective, plan: Schedule, trained: Mapping[str, Tensor]
+) -> list[torch.optim.Optimizer]:
+    """One for everything that is ``trained``, or two for ``optimizer="muon"``.
 
     Parameters are grouped by their learning-rate scale; matrices decay, vectors do not.
     """
     groups: dict[tuple[bool, float, float], list[Tensor]] = {}
-    for name, parameter in objective.trained.named_parameters():
-        if parameter.requires_grad:
-            muon = plan.optimizer == "muon" and is_hidden_matrix(name, parameter)
-            own = objective.weight_decay(name) if isinstance(objective, Placed) else None
-            decay = plan.weight_decay if own is None else own
-            decay = decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((muon, objective.lr_scale(name), decay), []).append(parameter)
+    for name, parameter in trained.items():
+        muon = plan.optimizer == "muon" and is_hidden_matrix(name, parameter)
+        own = objective.weight_decay(name) if isinstance(objective, Placed) else None
+        decay = plan.weight_decay if own is None else own
+        decay = decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((muon, objective.lr_scale(name), decay), []).append(parameter)
     sides: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     for (muon, scale, decay), params in groups.items():
         sides[muon].append({"params": params, "scale": scale, "weight_decay": decay})
     made: list[torch.optim.Optimizer] = []
     if sides[False]:
         betas = (plan.beta1, plan.beta2)
-        made.append(torch.optim.AdamW(sides[False], lr=plan.lr, betas=betas))
+        adamw = _adamw8bit() if plan.optimizer == "adamw8bit" else torch.optim.AdamW
+        made.append(adamw(sides[False], lr=plan.lr, betas=betas))
     if sides[True]:
         made.append(Muon(sides[True], lr=plan.lr))
     return made
+
+
+def _adamw8bit() -> Any:
+    """AdamW whose state is eight bits a number, in blocks of 256; small tensors stay float32."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        raise ResourceError(
+            "optimizer adamw8bit needs bitsandbytes: pip install 'cogvlm[adam8]'"
+        ) from error
+    return AdamW8bit
 
 
 class Loop:
@@ -185,6 +204,7 @@ class Loop:
         seed: of what chance a step meets.
         compute: in what numbers; none: float32, where the parameters are.
         trackers: that get every figure of the log too.
+        shared: how processes share the model; none: there is one.
     """
 
     def __init__(
@@ -195,10 +215,16 @@ class Loop:
         seed: int = 0,
         compute: Compute | None = None,
         trackers: Sequence[Tracker] = (),
+        shared: Shared | None = None,
     ) -> None:
         self.objective, self.schedule, self.out, self.seed = objective, schedule, out, seed
+        self.shared = shared or alone(objective.trained)
+        self.world = self.shared.world
         self.step = 0
-        self.optimizers = optimizers(objective, schedule)
+        found = objective.trained.named_parameters()
+        self.named = {name: p for name, p in found if p.requires_grad}
+        self.mine = {name: share_of(p) for name, p in self.named.items()}
+        self.optimizers = optimizers(objective, schedule, self.mine)
         self.params = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
         if not self.params:
             raise ConfigError("nothing trains: give a part or a LoRA a learning rate above 0")
@@ -216,25 +242,42 @@ class Loop:
         return self.out / "checkpoint.pt"
 
     def trainable(self) -> dict[str, Tensor]:
-        """Name and value of every parameter that trains."""
-        named = self.objective.trained.named_parameters()
-        return {name: p.detach() for name, p in named if p.requires_grad}
+        """Name and value of every parameter that trains; of one that is cut, its share here."""
+        return {name: p.detach() for name, p in self.mine.items()}
+
+    def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """Values of :meth:`trainable` as if nothing were cut; none except in the first process."""
+        first = self.world.first
+        return {name: whole(value, self.named[name], first) for name, value in values.items()}
+
+    def _likes(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """The model's parameters behind those of an optimiser."""
+        behind = {id(mine): self.named[name] for name, mine in self.mine.items()}
+        return [behind[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Write the checkpoint; a kill at any moment leaves the old one or the new one."""
-        place = self.objective
+        """Write the checkpoint; a kill at any moment leaves the old one or the new one.
+
+        It holds whole tensors, whatever the processes hold of them.
+        """
+        place, first = self.objective, self.world.first
         state = {
             "step": self.step,
-            "model": self.trainable(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "average": self.average.values if self.average else {},
+            "model": self.whole(self.trainable()),
+            "optimizers": [
+                each(o.state_dict(), self._likes(o), lambda t, like: whole(t, like, first))
+                for o in self.optimizers
+            ],
+            "average": self.whole(self.average.values) if self.average else {},
             "compute": self.compute.state(),
             "position": place.position(self.step) if isinstance(place, Placed) else {},
             "best": self.best,
             "log": (self.sums, self.count),
         }
+        if not first:
+            return
         if self.schedule.keep > 1 and self.checkpoint.exists():
             self._put_aside()
         _write(state, self.checkpoint)
@@ -273,11 +316,11 @@ class Loop:
                 f"{self.checkpoint}: made by another model or recipe; choose another --out, "
                 "or begin anew with --fresh"
             )
-        self._take(state["model"])
+        self._take(self._parts(state["model"]))
         for optimizer, values in zip(self.optimizers, kept, strict=True):
-            optimizer.load_state_dict(values)
+            optimizer.load_state_dict(each(values, self._likes(optimizer), part))
         if self.average:
-            self.average.take(means)
+            self.average.take(self._parts(means))
         self.step = int(state["step"])
         self.compute.resume(state.get("compute", {}))
         if isinstance(self.objective, Placed):
@@ -285,6 +328,10 @@ class Loop:
         self.best = state.get("best")
         self.sums, self.count = state.get("log", ({}, 0))
         return True
+
+    def _parts(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of whole values, what this process holds."""
+        return {name: part(value, self.named[name]) for name, value in values.items()}
 
     def _take(self, values: dict[str, Tensor]) -> None:
         mine = self.trainable()
@@ -302,17 +349,23 @@ class Loop:
         """Forward and backward of every piece, clip, update."""
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["lr"] = self.schedule.lr * group["scale"] * self.schedule.factor(self.step)
-        for p in self.params:
+        for p in (*self.params, *self.named.values()):
             p.grad = None
-        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        torch.manual_seed(self.seed * 1_000_003 + self.step + (self.world.rank << 40))
         figures: dict[str, float] = {"loss": 0.0}
-        for piece in batch.pieces if isinstance(batch, Pieces) else (batch,):
-            with self.compute.forward():
-                loss, more = self.objective.loss(piece)
-            self.compute.backward(loss)
+        pieces = batch.pieces if isinstance(batch, Pieces) else (batch,)
+        for left, piece in zip(range(len(pieces) - 1, -1, -1), pieces, strict=True):
+            with self.shared.piece(last=not left):
+                with self.compute.forward():
+                    loss, more = self.objective.loss(piece)
+                self.compute.backward(loss * self.world.size)  # engines take the mean of processes
             for key, value in {"loss": float(loss.detach()), **more}.items():
                 figures[key] = figures.get(key, 0.0) + value
-        norm = self.compute.update(self.optimizers, self.params, self.schedule.clip)
+        for name, parameter in self.named.items():
+            if parameter.grad is not None:
+                self.mine[name].grad = share_of(parameter.grad)
+        together = self.shared.norm if self.shared.cut else None
+        norm = self.compute.update(self.optimizers, self.params, self.schedule.clip, together)
         if norm is None and self.compute.kind != "fp16":
             raise CheckpointError(
                 f"step {self.step}: the gradient is not finite; resume from {self.checkpoint} "
@@ -321,28 +374,41 @@ class Loop:
         if self.average:
             self.average.add(self.trainable(), self.step)
         self.step += 1
-        return {**figures, "grad_norm": norm or 0.0}
+        return {**self.world.add(figures), "grad_norm": norm or 0.0}
 
     def evaluate(self) -> None:
         """Log the objective's figures on held-out material; keep the state if it is the best."""
         self.objective.trained.eval()
-        with torch.no_grad(), self.averaged(), self.compute.forward():
-            figures = self.objective.evaluate()
+        measuring = self.shared.measuring()
+        with torch.no_grad(), self.averaged(), measuring, self.compute.forward():
+            figures = self.world.firsts(self.objective.evaluate())
             loss = figures.get("loss")
             if self.schedule.keep_best:
                 if loss is None:
                     raise ConfigError("schedule: keep_best needs held-out data; give held_out")
                 if self.best is None or loss < self.best:
                     self.best = loss
-                    _write({"step": self.step, "model": self.trainable()}, self.out / "best.pt")
+                    best = self.whole(self.trainable())
+                    if self.world.first:
+                        _write({"step": self.step, "model": best}, self.out / "best.pt")
         self.objective.trained.train()
         if figures:
-            self.log({"step": self.step, **{f"eval_{k}": v for k, v in figures.items()}})
+            self._log({"step": self.step, **{f"eval_{k}": v for k, v in figures.items()}})
 
     def run(self) -> None:
         """Train from the current step to the last, then evaluate and export."""
+        with self.world.stoppable():
+            self._train()
+        self.save()
+        # It is measured already where a finished run is called again.
+        if not self.world.firsts(self.log.measured(self.step)):
+            self.evaluate()
+        self.finish()
+
+    def _train(self) -> None:
         plan = self.schedule
-        self.log.rewind(self.step)
+        if self.world.first:
+            self.log.rewind(self.step)
         self.objective.trained.train()
         if plan.eval_first and self.step == 0:
             self.evaluate()
@@ -358,7 +424,7 @@ class Loop:
                     pace = (time.monotonic() - since) / steps
                     means = {k: v / self.count for k, v in self.sums.items()}
                     left = (plan.steps - self.step) * pace
-                    self.log({"step": self.step, **means, "s_step": pace, "left_s": left})
+                    self._log({"step": self.step, **means, "s_step": pace, "left_s": left})
                     self.sums, self.count = {}, 0
                     since, steps = time.monotonic(), 0
                 if self.step % plan.eval_every == 0 and self.step < plan.steps:
@@ -366,26 +432,30 @@ class Loop:
                     since, steps = time.monotonic(), 0
                 if self.step % plan.save_every == 0 and self.step < plan.steps:
                     self.save()
+                if self.world.stop:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             self.save()
             raise
-        self.save()
-        if not self.log.measured(self.step):  # it is where a finished run is called again
-            self.evaluate()
-        self.finish()
 
     def finish(self) -> None:
         """Export the best or the last state, averaged if asked, and draw the losses."""
         with self.averaged():
             if self.schedule.keep_best:
+                self.world.firsts(None)  # the process that wrote it has done so
                 best = torch.load(self.out / "best.pt", map_location="cpu", weights_only=True)
                 last = {name: value.clone() for name, value in self.trainable().items()}
-                self._take(best["model"])
+                self._take(self._parts(best["model"]))
                 self.objective.export(self.out)
                 self._take(last)
             else:
                 self.objective.export(self.out)
-        self.log.close()
+        if self.world.first:
+            self.log.close()
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.world.first:
+            self.log(line)
 
 
 def _write(state: dict[str, Any], path: Path) -> None:

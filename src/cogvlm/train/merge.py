@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import adapter
@@ -19,6 +18,7 @@ from ..hub import resolve
 from ..load import stored_precision
 from ..models import shards
 from ..models.checkpoint import is_vision, report
+from ..tensors import save_tensors
 
 _LEFT = (".safetensors", ".bin", ".pt", ".pth", ".py", ".gguf")
 
@@ -59,7 +59,7 @@ def merge(name: str | Path, folder: str | Path, out: str | Path) -> Path:
                 shutil.copyfile(path, box / path.name)
         for path in files:
             tensors = {n: _merged(n, t, stored) for n, t in shards.read(path)}
-            save_file(tensors, box / path.name, metadata={"format": "pt"})
+            save_tensors(tensors, box / path.name)
         box.rename(out)
     except OSError as error:
         raise ResourceError(

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.vision import VisionModel
 from ..score import cer
+from ..tensors import save_tensors
 from .lines import LineBatch, LinePools
 
 SLOTS = 3  # characters a 14-pixel column can hold
@@ -138,4 +138,4 @@ class ReadObjective:
             f"model.vision.{name}" if not name.startswith("head.") else name: p.detach().cpu()
             for name, p in self.trained.state_dict().items()
         }
-        save_file(tensors, folder / "vision.safetensors")
+        save_tensors(tensors, folder / "vision.safetensors")

@@ -102,13 +102,18 @@ class TuneRecipe:
     precision: str = "auto"  # of what is frozen: see cogvlm.load
     compute: str = "auto"  # fp32 | bf16 | fp16; auto: fp32 for float32 weights, else bf16
     checkpointing: bool = False  # keep no activations inside the layers
+    parallel: str = "ddp"  # with several processes: ddp | zero2 | fsdp, see docs/training.md
     parts: dict[str, Part] = field(default_factory=dict)  # adapter, experts, tower, cross, language
     lora: Lora | None = None
     held_out: float = 0.1  # share of the records that measures and never trains
     batch_size: int = 8  # rows in memory at once
     accumulate: int = 1  # micro-batches a step
     max_tokens: int | None = None  # of a row
+    packing: bool = False  # rows of a step end to end in sequences of max_tokens, one at a time
     too_long: str = "drop"  # drop | cut
+    # Pixels a side of square pictures, or from which step on: {0: 224, 30000: 490}.
+    resolution: int | dict[int, int] | None = None
+    image_loss: float = 0.0  # weight of the loss on pictures themselves, see train/sight.py
     eval_count: int = 64  # held-out records whose loss is measured
     eval_answers: int = 32  # of these, that are answered
     max_new_tokens: int = 64  # of an answer
@@ -135,12 +140,42 @@ class TuneRecipe:
             type(self.max_tokens) is not int or self.max_tokens < 2
         ):
             raise ConfigError(f"max_tokens is {self.max_tokens!r}; give 2 or more, or leave it out")
+        if self.packing and self.max_tokens is None:
+            raise ConfigError("packing needs max_tokens, the length of a packed sequence")
         if self.too_long not in ("drop", "cut"):
             raise ConfigError(f"too_long is {self.too_long!r}; give drop or cut")
+        steps = self.resolutions
+        wrong = [v for pair in steps.items() for v in pair if type(v) is not int or v < 0]
+        if wrong or (steps and (0 not in steps or 0 in steps.values())):
+            raise ConfigError(
+                f"resolution is {self.resolution!r}; give pixels a side, or steps with pixels, "
+                "from step 0 on: {0: 224, 30000: 490}"
+            )
+        if self.parallel not in ("ddp", "zero2", "fsdp"):
+            raise ConfigError(f"parallel is {self.parallel!r}; give ddp, zero2 or fsdp")
+        if self.parallel != "ddp" and self.schedule.optimizer != "adamw":
+            raise ConfigError(
+                f"parallel {self.parallel}: {self.schedule.optimizer} needs whole matrices; take "
+                "adamw, or ddp"
+            )
+        if not 0 <= self.image_loss < float("inf"):
+            raise ConfigError(f"image_loss is {self.image_loss!r}; give 0 or more")
         if self.precision in ("float16", "fp16"):
             raise ConfigError("precision float16 cannot train; take bfloat16, or compute: fp16")
         if self.compute not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"compute is {self.compute!r}; give auto, fp32, bf16 or fp16")
+
+    @property
+    def resolutions(self) -> dict[int, int]:
+        """Step to pixels a side from there on; empty: the model's own."""
+        if self.resolution is None:
+            return {}
+        return self.resolution if isinstance(self.resolution, dict) else {0: self.resolution}
+
+    @property
+    def side(self) -> int | None:
+        """The most pixels a side; none: the model's own."""
+        return max(self.resolutions.values(), default=None)
 
 
 def _tune(values: dict[str, Any], path: Path) -> TuneRecipe:

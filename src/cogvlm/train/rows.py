@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from ..config import CogVLMConfig
 from ..data.sft import Mix, RecordError
-from ..errors import InputError
-from ..processor import Encoded, Message, Processor
+from ..errors import ConfigError, InputError
+from ..processor import Encoded, Message, Processor, SquarePixels
 
 
 @dataclass
@@ -61,18 +63,21 @@ def encode(processor: Processor, messages: Sequence[Message], limit: Limit) -> t
 class Steps(Dataset[Rows]):
     """``steps[first]``: the rows of records ``first`` to ``first + size - 1`` of a mix.
 
-    A pure function of the mix and ``first``: a step is the same for any number of workers.
+    A pure function of the mix and ``first``: a step is the same for any number of workers, and of
+    processes, each of which has its ``share`` of the rows.
     """
 
     mix: Mix
     processor: Processor
     size: int
     limit: Limit
+    share: tuple[int, int] = (0, 1)  # number of the process, and how many there are
 
     def __getitem__(self, first: int) -> Rows:
         """See the class."""
         out = Rows()
-        for index in range(first, first + self.size):
+        rank, processes = self.share
+        for index in range(first + rank, first + self.size, processes):
             try:
                 record = self.mix[index]
             except RecordError as error:
@@ -97,6 +102,22 @@ class Steps(Dataset[Rows]):
             prefetch_factor=2 if workers else None,
         )
         yield from loader
+
+
+def at_resolution(steps: Steps, config: Any, side: int | None) -> Steps:
+    """The same records with pictures of ``side`` pixels a side; none: the model's own.
+
+    Raises:
+        ConfigError: a model of pictures of one size, or no size that it takes.
+    """
+    if side is None:
+        return steps
+    pixels, most = steps.processor.pixels, config.vision.image_size
+    if type(config) is not CogVLMConfig or not isinstance(pixels, SquarePixels):
+        raise ConfigError("resolution: this model takes pictures of its own sizes only")
+    if side > most:
+        raise ConfigError(f"resolution {side}: this model takes at most {most} pixels a side")
+    return replace(steps, processor=replace(steps.processor, pixels=replace(pixels, size=side)))
 
 
 def labelled(row: Encoded) -> int:

@@ -8,28 +8,36 @@ however its rows are divided into micro-batches.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from .. import adapter
 from ..data.sft import Mix, Record, RecordError
 from ..engine import generate
 from ..errors import ConfigError, InputError
+from ..linear import QuantisedLinear
 from ..load import Loaded, load
 from ..models.cogvlm import CogVLMForCausalLM
-from ..processor import Batch, Encoded
+from ..processor import Batch, Encoded, assistant, user
+from ..processor.encode import IGNORED, Ids
 from ..score import cer
 from ..settings import GenerationSettings
 from .compute import Compute, recompute
+from .distributed import World, in_step, share_of, whole, widen
 from .loop import Pieces
+from .packing import bins, packed
 from .quantised import let_gradients_through
 from .recipe import Part, TuneRecipe
-from .rows import Limit, Rows, Steps, encode, labelled, micro_batches
+from .rows import Limit, Rows, Steps, at_resolution, encode, labelled, micro_batches
+from .sight import Sight, add_head, is_head
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,12 @@ class Micro:
 
     batch: Batch
     count: int
+    rows: int
+    places: Ids | None = None  # of each token in its own row, where rows are packed
+    patches: int = 1  # image tokens of the whole step, markers left out
 
 
-def inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+def inputs(batch: Batch, device: torch.device, places: Ids | None = None) -> dict[str, Any]:
     """A batch as the model's arguments."""
     made: dict[str, Any] = {
         name: torch.from_numpy(getattr(batch, name)).to(device)
@@ -50,6 +61,9 @@ def inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     if batch.cross_pixel_values:
         large = [torch.from_numpy(p).to(device) for p in batch.cross_pixel_values]
         made["cross_pixel_values"] = large
+    if places is not None:
+        del made["attention_mask"]
+        made["sequence_positions"] = torch.from_numpy(places).to(device)
     return made
 
 
@@ -65,6 +79,7 @@ class TuneObjective:
     train: Mix
     held_out: Mix | None
     recipe: TuneRecipe
+    world: World = field(default_factory=World)  # which divides the rows of a step
     lora: Any = None  # peft's configuration, once it is put in
     origin: tuple[int, int] = (0, 0)  # a step, and the first record of it
     seen: set[str] = field(default_factory=set)  # of the records left out, those reported
@@ -72,20 +87,20 @@ class TuneObjective:
     def __post_init__(self) -> None:
         recipe, model = self.recipe, self.trained
         self.stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        if recipe.lora is not None:
-            lora = recipe.lora
-            alpha = lora.rank if lora.alpha is None else lora.alpha
-            self.lora = adapter.inject(model, lora.targets, lora.rank, alpha, lora.dropout)
-        _choose_parameters(model, recipe)
-        let_gradients_through(model)
-        if recipe.checkpointing:
-            recompute(model)
+        self.lora = make_ready(model, recipe, wide=False)
+        self.forward: Callable[..., Any] = model  # as it is called in training
+        self.sight = Sight(model) if recipe.image_loss else None
+        if self.sight is not None and self.world.size > 1:
+            raise ConfigError("image_loss is known in one process only; leave it out")
         self.steps = Steps(
             self.train,
             self.loaded.processor,
             recipe.batch_size * recipe.accumulate,
             Limit(recipe.max_tokens, recipe.too_long == "cut"),
+            (self.world.rank, self.world.size),
         )
+        for side in recipe.resolutions.values():  # what is impossible is told now
+            at_resolution(self.steps, model.config, side)
         self.measured = list(self._held_out())
 
     @property
@@ -124,20 +139,50 @@ class TuneObjective:
 
     def batches(self, start: int) -> Iterator[Pieces]:
         """See :class:`cogvlm.train.loop.Objective`."""
-        for rows in self.steps.stream(self._first(start), self.recipe.workers):
-            self._report(rows.left_out)
-            yield self.pieces(rows)
+        sides: dict[int, int | None] = {0: None, **self.recipe.resolutions}
+        begins = sorted(sides)
+        for begin, end in zip(begins, [*begins[1:], None], strict=True):
+            if end is not None and end <= start:
+                continue
+            count = None if end is None else end - max(begin, start)
+            steps = at_resolution(self.steps, self.trained.config, sides[begin])
+            stream = steps.stream(self._first(max(begin, start)), self.recipe.workers)
+            for rows in islice(stream, count):
+                self._report(rows.left_out)
+                yield self.pieces(rows)
 
     def pieces(self, rows: Rows) -> Pieces:
         """A step's rows as micro-batches that know the answer tokens of all of them."""
-        count = sum(map(labelled, rows.rows))
-        groups = micro_batches(rows.rows, self.recipe.batch_size)
-        return Pieces([Micro(self.loaded.processor.batch(group), count) for group in groups])
+        if self.recipe.packing:
+            assert self.recipe.max_tokens is not None
+            groups = bins(rows.rows, self.recipe.max_tokens)
+        else:
+            groups = micro_batches(rows.rows, self.recipe.batch_size)
+        patches = sum(_patches(row) for row in rows.rows)
+        groups, count = in_step(self.world, groups, sum(map(labelled, rows.rows)), self._blank)
+        micros = [self._micro(group, count) for group in groups]
+        return Pieces([replace(micro, patches=max(1, patches)) for micro in micros])
+
+    def _micro(self, rows: list[Encoded], count: int) -> Micro:
+        learnt = sum(map(bool, map(labelled, rows)))
+        if self.recipe.packing:
+            batch, places = packed(self.loaded.processor, rows)
+            return Micro(batch, count, learnt, places)
+        return Micro(self.loaded.processor.batch(rows), count, learnt)
+
+    def _blank(self, picture: bool) -> Encoded:
+        """A row of which nothing is learnt, see :func:`cogvlm.train.distributed.in_step`."""
+        parts = [Image.new("RGB", (32, 32))] if picture else []
+        row = self.loaded.processor.encode([user(*parts, "."), assistant(".")], train=True)
+        assert row.labels is not None
+        return replace(row, labels=np.full_like(row.labels, IGNORED))
 
     # --- training ---
 
     def lr_scale(self, name: str) -> float:
         """See :class:`cogvlm.train.loop.Objective`."""
+        if is_head(name):
+            return 1.0
         if adapter.is_lora(name):
             assert self.recipe.lora is not None
             return self.recipe.lora.lr
@@ -145,6 +190,8 @@ class TuneObjective:
 
     def weight_decay(self, name: str) -> float | None:
         """See :class:`cogvlm.train.loop.Placed`."""
+        if is_head(name):
+            return None
         if adapter.is_lora(name):
             assert self.recipe.lora is not None
             return self.recipe.lora.weight_decay
@@ -152,11 +199,19 @@ class TuneObjective:
 
     def loss(self, batch: Micro) -> tuple[Tensor, dict[str, float]]:
         """The share of a micro-batch in its step's mean loss."""
-        given = inputs(batch.batch, self.trained.device)
-        loss = self.trained(**given, num_items_in_batch=max(1, batch.count)).loss
-        rows, length = batch.batch.input_ids.shape
+        given = inputs(batch.batch, self.trained.device, batch.places)
+        loss = self.forward(**given, num_items_in_batch=max(1, batch.count)).loss
         answers = int((batch.batch.labels[:, 1:] >= 0).sum())  # type: ignore[index]
-        figures = {"rows": rows, "tokens": rows * length, "answer_tokens": answers}
+        seen = 0.0
+        if self.sight is not None:
+            share = self.sight.loss(given["token_type_ids"], given["pixel_values"]) / batch.patches
+            loss, seen = loss + self.recipe.image_loss * share, float(share.detach())
+        figures = {
+            **({"image_loss": seen} if self.sight is not None else {}),
+            "rows": batch.rows,
+            "tokens": batch.batch.input_ids.size,
+            "answer_tokens": answers,
+        }
         return loss, {k: float(v) for k, v in figures.items()}
 
     # --- measuring ---
@@ -210,16 +265,51 @@ class TuneObjective:
 
     def export(self, folder: Path) -> None:
         """Write the adapter, see :mod:`cogvlm.adapter`; whole parts in the dtype of the model."""
+        first = self.world.first
+        found = self.trained.named_parameters()
+        wanted = ((name, p) for name, p in found if p.requires_grad and not is_head(name))
+        trained = {name: whole(share_of(p.detach()), p, first) for name, p in wanted}
+        if not first:  # it only gave its share
+            return
         values = {
-            name: p.detach().float() if adapter.is_lora(name) else p.detach().to(self.stored)
-            for name, p in self.trained.named_parameters()
-            if p.requires_grad
+            n: p.to(torch.float32 if adapter.is_lora(n) else self.stored)
+            for n, p in trained.items()
+            if p is not None
         }
         adapter.save(folder, values, self.lora, self.loaded.name)
 
 
+def _patches(row: Encoded) -> int:
+    """Image tokens of a row, begin and end markers left out."""
+    return int((row.token_type_ids == 1).sum()) - 2 * len(row.pixel_values)
+
+
+def make_ready(model: nn.Module, recipe: TuneRecipe, wide: bool = True) -> Any:
+    """Put in the LoRA, freeze what is not named, and compute layers as asked; in place.
+
+    What trains becomes float32, unless that is left to :func:`cogvlm.train.distributed.share`.
+
+    Returns:
+        peft's configuration of the LoRA, none where there is none.
+    """
+    put_in = None
+    if recipe.lora is not None:
+        lora = recipe.lora
+        alpha = lora.rank if lora.alpha is None else lora.alpha
+        put_in = adapter.inject(model, lora.targets, lora.rank, alpha, lora.dropout)
+    _choose_parameters(model, recipe)
+    if recipe.image_loss:
+        add_head(model)
+    if wide:
+        widen(model)
+    let_gradients_through(model)
+    if recipe.checkpointing:
+        recompute(model)
+    return put_in
+
+
 def _choose_parameters(model: nn.Module, recipe: TuneRecipe) -> None:
-    """Freeze what is not named; what trains becomes float32."""
+    """Freeze what is not named."""
     chosen: dict[str, Part] = {k: v for k, v in recipe.parts.items() if v.lr > 0}
     found: set[str] = set()
     for name, parameter in model.named_parameters():
@@ -229,16 +319,14 @@ def _choose_parameters(model: nn.Module, recipe: TuneRecipe) -> None:
         if trains and not lora:
             module = model.get_submodule(name.rpartition(".")[0])
             plain = type(parameter.data) is Tensor and parameter.is_floating_point()
-            if not plain or type(module).__module__.startswith("bitsandbytes"):
+            foreign = type(module).__module__.startswith("bitsandbytes")
+            if not plain or foreign or isinstance(module, QuantisedLinear):
                 raise ConfigError(
                     f"parts: {part!r} is quantised ({name}); load it in bfloat16 (precision), or "
                     "give it a LoRA"
                 )
             found.add(part)
-        parameter.requires_grad_(False)
-        if trains:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+        parameter.requires_grad_(trains)
     if missing := sorted(set(chosen) - found):
         raise ConfigError(f"parts: this model has no {missing[0]!r}")
 
@@ -258,8 +346,12 @@ def compute(recipe: TuneRecipe, objective: TuneObjective) -> Compute:
     return Compute(objective.trained.device, kind)
 
 
-def tune(recipe: TuneRecipe) -> TuneObjective:
+def tune(recipe: TuneRecipe, world: World | None = None) -> TuneObjective:
     """The objective of a recipe: model and data opened.
+
+    Args:
+        recipe: what to train on what.
+        world: the processes that divide the rows of a step, none for one.
 
     Raises:
         ConfigError: impossible values.
@@ -277,4 +369,4 @@ def tune(recipe: TuneRecipe) -> TuneObjective:
     train, held_out = mixes
     assert train is not None
     loaded = load(recipe.model, recipe.precision, recipe.device, recipe.tokenizer)
-    return TuneObjective(loaded, train, held_out, recipe)
+    return TuneObjective(loaded, train, held_out, recipe, world or World())

@@ -1,0 +1,188 @@
+"""What a run will need is what it takes; what is said to fit fits; nothing is loaded for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cogvlm import devices, memory
+from cogvlm.catalog import find
+from cogvlm.cli import app
+from cogvlm.errors import ConfigError, InputError
+from cogvlm.train import plan as planning
+from cogvlm.train import recipe as recipes
+from cogvlm.train.plan import Plan, parse_memory, plan
+from train import toys
+
+ROOT = Path(__file__).parents[2]
+CPU = devices.Device("cpu", "cpu", 1000.0)
+TUNED = sorted(
+    p for p in (ROOT / "recipes").glob("*.yaml") if "stage: tune" in p.read_text("utf-8")
+)
+# Gigabytes with a twentieth to spare; of the first two, with 512 tokens in and out, the goals.
+MOST = {
+    "lora-19b": 46,
+    "lora-19b-int4": 24,
+    "lora-nano-receipts": 10,
+    "lora-video": 46,
+    "full-19b": 420,
+}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A recipe of a toy model; its data do not exist, and its weights are no longer there."""
+    model = toys.write_model(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    lora = {"targets": ["experts.qkv", "tower"], "rank": 4}
+    return toys.write_recipe(tmp_path / "r.yaml", model, tmp_path / "none.jsonl", lora=lora)
+
+
+def planned(path: Path, *settings: str, device: devices.Device = CPU) -> Plan:
+    loaded = recipes.load(path, list(settings))
+    assert isinstance(loaded, recipes.TuneRecipe)
+    return plan(loaded, device)
+
+
+# --- against what is taken ---
+
+
+@pytest.mark.parametrize("case", ["full_checkpointing", "packed"])
+def test_a_step_takes_what_was_planned(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import train_memory
+
+    found = train_memory.compare(case, quick=True)
+    assert abs(found["error"]) < train_memory.LIMIT, found
+
+
+def test_what_stays_is_exact(toy: Path) -> None:
+    found = planned(toy, "schedule.ema=0.9")
+    config, _ = planning.configuration(found.recipe.model)
+    weights = sum(4 * size.parameters for size in memory.parts_of(config).values())
+    parts = sum(v for (what, _), v in found.stays.items() if what in memory.PARTS)
+    assert parts == weights
+    lora = found.stays["LoRA", "float32"]
+    assert found.stays["optimiser", "adamw"] == 2 * lora
+    assert found.stays["mean", "float32"] == found.gradients == lora
+    whole = planned(toy, "lora=null", "parts={experts: {}}", "precision=bfloat16")
+    assert {how for what, how in whole.stays if what == "experts"} == {"float32"}
+    assert {how for what, how in whole.stays if what == "tower"} == {"bfloat16"}
+    assert whole.moments["update"] > whole.gradients > 0
+
+
+def test_what_is_kept_goes_with_the_rows_and_not_with_checkpointing(toy: Path) -> None:
+    one, four = (planned(toy, f"batch_size={n}", "max_tokens=24") for n in (1, 4))
+    assert four.kept["decoder"] == pytest.approx(4 * one.kept["decoder"], rel=0.02)
+    less = planned(toy, "batch_size=4", "max_tokens=24", "checkpointing=true")
+    assert less.kept["decoder"] < 0.3 * four.kept["decoder"]
+    assert less.kept["tower"] < 0.8 * four.kept["tower"]  # pictures and adapter stay
+    assert less.stays == four.stays and less.peak < four.peak
+    frozen = planned(toy, "batch_size=4", "max_tokens=24", "lora.targets=[experts.qkv]")
+    assert frozen.kept["tower"] < less.kept["tower"]
+
+
+# --- what would fit ---
+
+
+def test_the_settings_that_are_named_make_it_fit(toy: Path) -> None:
+    found = planned(toy)
+    small = replace(found.device, memory_gb=0.7 * found.need / 1e9)
+    lines = planning.describe(replace(found, device=small))
+    assert lines[-2].startswith("does not fit: cpu")
+    size, _, options = lines[-1].removeprefix("fits in ").partition(" GB with ")
+    settings = options.removeprefix("--set ").split(" --set ")
+    assert settings and all("=" in setting for setting in settings)
+    again = planned(toy, *settings, device=small)
+    assert again.fits and f"{again.need / 1e9:.1f}" == size
+
+
+def test_where_nothing_fits_it_says_how_many_devices(toy: Path) -> None:
+    least = ("lora=null", "parts={experts: {}, language: {}}", "checkpointing=true", "batch_size=1")
+    found = planned(toy, *least, "schedule.optimizer=adamw8bit", "max_tokens=24")
+    tiny = devices.Device("cpu", "cpu", 0.7 * sum(found.stays.values()) / 1e9)
+    lines = planning.describe(replace(found, device=tiny))
+    assert lines[-3].startswith("does not fit") and lines[-2].startswith("still ")
+    assert "such devices" in lines[-1] and "parallel=fsdp" in lines[-1]
+
+
+@pytest.mark.parametrize("path", TUNED, ids=[p.stem for p in TUNED])
+def test_every_recipe_has_a_plan(path: Path) -> None:
+    found = planned(path, device=parse_memory("80GB"))
+    assert found.shape.tokens == (found.recipe.max_tokens or found.shape.tokens)
+    assert found.shape.text >= 64 and found.gradients > 0
+    assert found.need < 1e9 * MOST.get(path.stem, 200)
+    if path.stem in ("lora-19b", "lora-19b-int4"):
+        assert found.shape.text == 1024 and found.shape.answers == 512
+    if path.stem == "lora-19b-int4":  # the tower in int8, as loading makes it
+        assert found.stays["experts", "int4"] < 4e9 < found.stays["tower", "int8"]
+
+
+def test_films_have_many_pictures_and_others_one() -> None:
+    found = recipes.load(ROOT / "recipes/lora-video.yaml", ["max_tokens=null"])
+    assert isinstance(found, recipes.TuneRecipe)
+    for name, images in (
+        ("cogvlm2-video-llama3-chat", 24),
+        ("glm-4v-9b", 1),
+        ("cogagent-vqa-hf", 1),
+    ):
+        assert planning._shape(found, find(name).config()).images == images
+
+
+def test_the_largest_pictures_of_a_schedule_count() -> None:
+    path = ROOT / "recipes/cogvlm-pretrain-2.yaml"
+    loaded = recipes.load(path)
+    assert isinstance(loaded, recipes.TuneRecipe) and loaded.side == 490
+    assert planning._shape(loaded, find("cogvlm-base-490-hf").config()).image_tokens == 1227
+
+
+# --- said and refused ---
+
+
+def test_the_command_says_it_before_anything_is_loaded(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr("cogvlm.load.load_model", refuse)
+    monkeypatch.setattr("cogvlm.data.sft.Mix.open", refuse)
+    done = CliRunner().invoke(app, ["train", str(toy), "--plan", "--device-memory", "24GB"])
+    assert done.exit_code == 0, done.output
+    for text in (
+        "LoRA        float32",
+        "kept by decoder",
+        "checkpointing  without",
+        "fits: cuda:0",
+    ):
+        assert text in done.output
+    assert not (toy.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plan", "--device-memory", "lots"], "give an amount such as 24GB"),
+        (["--plan", "--device-memory", "-3GB"], "give an amount such as 24GB"),
+        (["--device-memory", "24GB"], "--device-memory is for --plan"),
+        (["--plan", "--set", "model=me/mine"], "neither a folder here nor in the catalog"),
+        (["--plan", "--set", "max_tokens=7"], "holds no text beside 6 image tokens"),
+        (["--plan", "--set", "precision=int3"], "'int3' is not one of"),
+        (["--plan", "--set", "precision=int8", "--set", "parts={experts: {}}"], "is quantised"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(toy: Path, options: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["train", str(toy), *options])
+    assert done.exit_code in (1, 2) and message in done.output
+
+
+def test_other_stages_and_other_amounts() -> None:
+    with pytest.raises(ConfigError, match="stage 'read' has no --plan"):
+        planning.report(ROOT / "recipes/nano-read.yaml", [])
+    assert parse_memory("24GiB").room == 24 * 2**30 and parse_memory("80e9").room == 80e9
+    with pytest.raises(InputError, match="give an amount"):
+        parse_memory("")
