@@ -127,8 +127,10 @@ def test_serving_compares_one_with_many_and_a_turn_with_the_next(
         str(tmp_path),
         *["--conversations", "3", "--tokens", "4", "--repeats", "1"],
     ]
+    monkeypatch.setattr(modules["serving"], "LARGE_SIDE", 112)
     line = run_on_toy(modules["serving"], options, monkeypatch, capsys)
-    assert set(line["ratios"]) == set(line["goals"]) == {"together", "second_turn"}
+    assert set(line["ratios"]) == set(line["goals"]) == {"together", "second_turn", "large_picture"}
+    assert line["large_picture_tokens"]["reused"] > 16  # four by four tokens, begin and end
     assert 1 < line["mean_batch"] <= 3
     assert 0 < line["second_turn_tokens"]["reused"] < line["second_turn_tokens"]["prompt"]
 
