@@ -253,7 +253,7 @@ def _make(
         stats = run(job, processes, ray, show)
     typer.echo(f"{out}: {stats.samples} samples, {stats.pictures} pictures, {stats.words} words")
     for kind, number in stats.kinds.most_common():
-        typer.echo(f"  {kind:<16}{number}")
+        typer.echo(f"  {kind:<24}{number}")
     for step, reasons in sorted(stats.rejects.items()):
         for reason, number in reasons.most_common():
             typer.echo(f"  refused: {step}: {reason} {number}")

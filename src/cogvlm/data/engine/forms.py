@@ -220,7 +220,9 @@ def receipt(setting: Setting, rng: Random) -> Canvas:
     ]
     canvas.facts += [Fact(a.lower(), b) for k, a, b in rest if k == "row" and a != "TOTAL"]
     canvas.facts.append(Fact("number of items", str(count)))
-    canvas.caption = f"A receipt from {shop} of {date}: {count} items, {total} in all."
+    canvas.caption = (
+        f"A receipt from {shop} of {date}: {count} item{'s' * (count != 1)}, {total} in all."
+    )
     return canvas
 
 

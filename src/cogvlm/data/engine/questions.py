@@ -70,9 +70,9 @@ def about(fact: Fact, rng: Random) -> Ask | None:
         return Ask("count", question, fact.value, f"There {verb} {fact.value}.")
     if fact.name.startswith("number of "):
         what = fact.name.removeprefix("number of ")
-        return Ask(
-            "count", f"How many {what} are there?", fact.value, f"There are {fact.value} {what}."
-        )
+        some = f"is 1 {what.removesuffix('s')}" if fact.value == "1" else f"are {fact.value} {what}"
+        full = f"There {some}."
+        return Ask("count", f"How many {what} are there?", fact.value, full)
     if fact.name in ("highest", "lowest"):
         of = f" for {fact.of}" if fact.of else ""
         return Ask(
