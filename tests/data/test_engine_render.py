@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,6 +248,7 @@ def test_a_web_page_has_the_boxes_of_its_buttons_and_words() -> None:
             if item.role in ("button", "link"):
                 inside = [w.text for w in truth.words if within(w, item)]
                 assert " ".join(inside) == item.text
+    asyncio.run(asyncio.sleep(0))  # the browser's loop does not run in this thread
 
 
 def within(word: Piece, item: Piece) -> bool:

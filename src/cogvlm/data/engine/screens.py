@@ -13,9 +13,12 @@ import io
 import math
 import os
 import shutil
+import threading
+from concurrent.futures import Future
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from queue import Queue
 from typing import Any
 
 from PIL import Image
@@ -28,6 +31,7 @@ from .step import Fact, Picture, Piece, Random, Refused, Truth
 from .warp import degrade
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
+_FLAGS = ("--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--font-render-hinting=none")
 _ROLES = {"button": "button", "link": "link", "field": "field", "checkbox": "checkbox"}
 
 # Words as the browser broke and drew them, and what can be clicked or filled in.
@@ -85,38 +89,77 @@ def missing() -> str:
     return ""
 
 
+Shot = tuple[dict[str, Any], bytes]  # what the page holds and where; the picture, PNG
+
+
+class _Browser(threading.Thread):
+    """A browser with one page, in a thread of its own.
+
+    playwright keeps an asyncio loop running in the thread that started it, which would forbid any
+    other loop there, asyncio's or another playwright's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="browser", daemon=True)
+        self.asked: Queue[tuple[str, tuple[int, int], Future[Shot]] | None] = Queue()
+        self.ready: Future[None] = Future()
+
+    def run(self) -> None:
+        """Show what is asked for until None is."""
+        play = import_module("playwright.sync_api").sync_playwright().start()
+        try:
+            browser = play.chromium.launch(executable_path=browser_path(), args=_FLAGS)
+            page = browser.new_context(offline=True, java_script_enabled=True).new_page()
+        except Exception as error:  # whatever keeps a browser from starting
+            play.stop()
+            self.ready.set_exception(error)
+            return
+        self.ready.set_result(None)
+        while asked := self.asked.get():
+            document, size, answer = asked
+            try:
+                answer.set_result(_shoot(page, document, size))
+            except Exception as error:
+                answer.set_exception(error)
+        browser.close()
+        play.stop()
+
+    def show(self, document: str, size: tuple[int, int]) -> Shot:
+        """A page of this HTML; the picture is at most ``size`` pixels."""
+        answer: Future[Shot] = Future()
+        self.asked.put((document, size, answer))
+        return answer.result()
+
+    def end(self) -> None:
+        """Also where the process ends by an error: a browser of its own would live on."""
+        self.asked.put(None)
+        self.join(10)
+
+
 @lru_cache(maxsize=1)
-def _browser() -> Any:
+def _browser() -> _Browser:
     """Started once a process."""
     if reason := missing():
         raise ResourceError(f"screens cannot be made here: {reason}")
-    play = import_module("playwright.sync_api").sync_playwright().start()
+    browser = _Browser()
+    browser.start()
     try:
-        browser = play.chromium.launch(
-            executable_path=browser_path(),
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--hide-scrollbars",
-                "--font-render-hinting=none",
-            ],
-        )
-    except Exception as error:  # whatever keeps a browser from starting
-        play.stop()
+        browser.ready.result()
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ResourceError(f"{browser_path()} does not start ({reason})") from None
-    context = browser.new_context(offline=True, java_script_enabled=True)
+    atexit.register(browser.end)
+    return browser
 
-    def end() -> None:
-        # Also where the process ends by an error: a browser of its own would live on.
-        try:
-            browser.close()
-            play.stop()
-        except Exception:
-            pass
 
-    atexit.register(end)
-    return context.new_page()
+def _shoot(page: Any, document: str, size: tuple[int, int]) -> Shot:
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.set_content(document)
+    # The picture ends where a part of the page does: no half lines, no large empty rest.
+    ends = [end for end in page.evaluate(_ENDS) if end <= size[1]]
+    if ends and ends[-1] > 0.2 * size[0]:
+        page.set_viewport_size({"width": size[0], "height": math.ceil(ends[-1]) + 6})
+    return page.evaluate(_READ), page.screenshot(type="png")
 
 
 def picture(setting: Setting, rng: Random) -> Picture:
@@ -129,15 +172,8 @@ def picture(setting: Setting, rng: Random) -> Picture:
     size = setting.size(rng, 0.6, 1.7)
     kind = words.pick(rng, tuple(_KINDS))
     body, facts, caption = _KINDS[kind](setting, rng)
-    page = _browser()
-    page.set_viewport_size({"width": size[0], "height": size[1]})
-    page.set_content(_document(rng, body, setting))
-    # The picture ends where a part of the page does: no half lines, no large empty rest.
-    ends = [end for end in page.evaluate(_ENDS) if end <= size[1]]
-    if ends and ends[-1] > 0.2 * size[0]:
-        page.set_viewport_size({"width": size[0], "height": math.ceil(ends[-1]) + 6})
-    found = page.evaluate(_READ)
-    image = Image.open(io.BytesIO(page.screenshot(type="png"))).convert("RGB")
+    found, png = _browser().show(_document(rng, body, setting), size)
+    image = Image.open(io.BytesIO(png)).convert("RGB")
     truth = _truth(found, facts, caption, kind)
     if len(truth.words) < 3 or not truth.items:
         raise Refused("nothing to click in view", kind)
