@@ -118,7 +118,7 @@ def plain_words(text: str) -> str:
     '2 dogs'
     """
     text = re.sub(r"(?<=\d),(?=\d)", "", text.replace("\n", " ").lower().strip())
-    text = re.sub(r"(?!<=\d)\.(?!\d)", "", text)  # a full stop, not a decimal point
+    text = re.sub(r"\.(?!\d)", "", text)  # a full stop, not a decimal point
     text = _SPACED.sub(lambda found: found[0] if found[0] == "." else " ", text)
     words = (_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)
     return " ".join(words)

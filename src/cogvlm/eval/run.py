@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +144,7 @@ def score_file(
     wanted(requests, metric)  # what cannot be scored is not worth answering
     settings = settings or GenerationSettings(max_new_tokens=96)
     summary = run_file(requests, answers, loaded, settings, batch_size, progress)
-    found = score_answers(requests, answers, metric)
-    return Score(
-        found.name, found.lines, found.failed, found.scores, found.kinds, round(summary.seconds, 1)
-    )
+    return replace(score_answers(requests, answers, metric), seconds=round(summary.seconds, 1))
 
 
 def as_line(score: Score) -> str:

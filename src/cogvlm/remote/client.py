@@ -80,6 +80,26 @@ class Endpoint:
         return name in ("localhost", "::1") or name.startswith("127.")
 
 
+def connection(endpoint: Endpoint) -> dict[str, Any]:
+    """What a client of httpx for this endpoint is made with, whether it waits or has a loop.
+
+    Raises:
+        ResourceError: httpx is not installed.
+    """
+    try:
+        import httpx
+    except ImportError as error:
+        raise ResourceError(
+            'asking a server needs the package httpx: pip install "cogvlm[remote]"'
+        ) from error
+    return {
+        "headers": {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"},
+        "timeout": httpx.Timeout(endpoint.timeout, connect=min(30.0, endpoint.timeout)),
+        "limits": httpx.Limits(max_connections=None),  # the callers bound it
+        "trust_env": not endpoint.here,  # no proxy stands between a machine and itself
+    }
+
+
 class RemoteBackend:
     """A server behind :class:`cogvlm.backend.Backend`.
 
@@ -88,20 +108,11 @@ class RemoteBackend:
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise ResourceError(
-                'asking a server needs the package httpx: pip install "cogvlm[remote]"'
-            ) from error
+        options = connection(endpoint)
+        import httpx
+
         self.endpoint = endpoint
-        headers = {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"}
-        self._client = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(endpoint.timeout, connect=min(30.0, endpoint.timeout)),
-            limits=httpx.Limits(max_connections=None),  # the callers bound it
-            trust_env=not endpoint.here,  # no proxy stands between a machine and itself
-        )
+        self._client = httpx.Client(**options)
         self._waits = Waits(endpoint.tries)
         self._model = endpoint.model
         self._limit = "max_tokens"

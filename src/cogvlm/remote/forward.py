@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RemoteError, ResourceError
-from .client import MOST, Endpoint
+from ..errors import RemoteError
+from .client import MOST, Endpoint, connection
 from .wire import retry_after, said_in
 
 if TYPE_CHECKING:
@@ -54,20 +54,11 @@ class Forwarder:
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise ResourceError(
-                'asking a server needs the package httpx: pip install "cogvlm[remote]"'
-            ) from error
+        options = connection(endpoint)
+        import httpx
+
         self.endpoint = endpoint
-        headers = {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"}
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(endpoint.timeout, connect=min(30.0, endpoint.timeout)),
-            limits=httpx.Limits(max_connections=None),  # the callers bound it
-            trust_env=not endpoint.here,  # no proxy stands between a machine and itself
-        )
+        self._client = httpx.AsyncClient(**options)
         self._newer = False  # knows the limit of tokens as max_completion_tokens alone
 
     async def close(self) -> None:
