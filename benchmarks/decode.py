@@ -43,7 +43,7 @@ def engine_steps(loaded: Loaded, prompt: Encoded, own: bool) -> tuple[int, Step]
     """The first token and how to go on; ``own``: by the model's ``forward``."""
     runner = ModelRunner(loaded, 1, 0, 0)
     if own:
-        runner._fast = False
+        runner._fast = None
     seat, scores = runner.start(prompt)
     return int(scores.argmax()), lambda token: int(runner.step([seat], [token]).argmax())
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from cogvlm import quantize
+from cogvlm import linear, quantize
 from cogvlm.cli import app
 from cogvlm.config import CogAgentConfig, Glm4vConfig, preset
 from cogvlm.errors import CheckpointError, InputError, ResourceError
@@ -128,6 +128,22 @@ def test_a_layer_computes_with_the_weights_of_its_codes(
     assert found.dtype == torch.float32
     # The int4 kernel rounds activations and result to bfloat16.
     torch.testing.assert_close(found, exact, rtol=0, atol=2e-2 if group else 1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("columns", [64, 40])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_few_rows_without_the_module_are_the_same(
+    precision: str, columns: int, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(columns, 32, bias=bias)).requires_grad_(False)
+    quantize.quantise(model, precision)
+    bare: Any = model[0].bare()
+    assert (bare is model[0]) == (columns % 32 != 0)  # no kernel of torch for it
+    for rows in (1, 3, linear.FEW - 1):
+        x = torch.randn(rows, columns)
+        torch.testing.assert_close(bare(x), model(x), rtol=0, atol=0)
 
 
 # --- what is quantised ---

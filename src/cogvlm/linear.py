@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ _SLAB = 1 << 23  # weights that are float32 at one time: 34 MB
 _PART = 1 << 23  # numbers of the input or output that are: 34 MB
 _UNIT = 32  # rows and columns that torch's int8 kernel is known to be right for
 _PACKED = 64  # rows that are packed on their own: every packing known joins 16, 32 or 64
+FEW = 16  # rows of an input below which every kind of layer takes its kernel
+Product = Callable[[Tensor], Tensor]
 
 
 def _answers_on_cpu(x: Tensor) -> bool:
@@ -72,6 +74,14 @@ class QuantisedLinear(nn.Linear):
         """The product as torchao computes it."""
         raise NotImplementedError
 
+    def bare(self) -> Product:
+        """:meth:`forward` for less than :data:`FEW` rows, ``float[b, K]``, without gradients.
+
+        On the CPU it is a function of the tensors alone: one row through a narrow layer takes
+        longer in the module than in the kernel.
+        """
+        return self
+
     def restorable(self) -> bool:
         """Whether :meth:`restored` knows how the weights are packed."""
         return True
@@ -84,21 +94,26 @@ class QuantisedLinear(nn.Linear):
 class Int8Linear(QuantisedLinear):
     """int8 with a scale a row."""
 
-    long = 16
+    long = FEW
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """See :class:`QuantisedLinear`; where torch has a kernel for the CPU, by that."""
-        even = self.in_features % _UNIT == 0 and self.out_features % _UNIT == 0
-        if not even or not _answers_on_cpu(x):
+        if not self._even() or not _answers_on_cpu(x):
             return F.linear(x, self.weight, self.bias)
+        y = self._kernel()(x.reshape(-1, self.in_features).contiguous())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def bare(self) -> Product:
+        """See :class:`QuantisedLinear`."""
+        return self._kernel() if self._even() and self.weight.device.type == "cpu" else self
+
+    def _even(self) -> bool:
+        return self.in_features % _UNIT == 0 and self.out_features % _UNIT == 0
+
+    def _kernel(self) -> Product:
         weight: Any = self.weight
-        flat = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        # Scales would be rounded to bfloat16 inside; here the product is float32, as they are.
-        y: Tensor = torch._weight_int8pack_mm(flat, weight.qdata, _ones(self.out_features))
-        y = y * weight.scale.t()
-        if self.bias is not None:
-            y += self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        ones = _ones(self.out_features)
+        return partial(_times_int8, weight.qdata, weight.scale.t(), ones, self.bias)
 
     def restored(self, first: int, last: int) -> Tensor:
         """See :class:`QuantisedLinear`."""
@@ -120,14 +135,19 @@ class Int4Linear(QuantisedLinear):
     def by_kernel(self, x: Tensor) -> Tensor:
         """See :class:`QuantisedLinear`; on the CPU without torchao's way to the same operator."""
         if _answers_on_cpu(x):
-            weight: Any = self.weight
-            flat = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-            multiply: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
-            y: Tensor = multiply(flat, weight.qdata, weight.block_size[1], weight.scale_and_zero)
-            y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-        else:
-            y = F.linear(x.to(torch.bfloat16), self.weight).to(x.dtype)
+            y = self._kernel()(x.reshape(-1, self.in_features).contiguous())
+            return y.view(*x.shape[:-1], self.out_features)
+        y = F.linear(x.to(torch.bfloat16), self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+    def bare(self) -> Product:
+        """See :class:`QuantisedLinear`."""
+        return self._kernel() if self.weight.device.type == "cpu" else self
+
+    def _kernel(self) -> Product:
+        weight: Any = self.weight
+        group: int = weight.block_size[1]
+        return partial(_times_int4, weight.qdata, group, weight.scale_and_zero, self.bias)
 
     def restorable(self) -> bool:
         """See :class:`QuantisedLinear`."""
@@ -143,6 +163,26 @@ class Int4Linear(QuantisedLinear):
         scale, zero = pairs[..., 0], pairs[..., 1]
         steps.mul_(scale[:, None]).add_((zero - 8 * scale)[:, None])
         return steps.flatten(0, 1)
+
+
+def _times_int8(
+    codes: Tensor, scale: Tensor, ones: Tensor, bias: Tensor | None, x: Tensor
+) -> Tensor:
+    """``float[b, K]`` -> ``float[b, N]``."""
+    # Scales would be rounded to bfloat16 inside; here the product is float32, as they are.
+    y = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, ones) * scale
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype)
+
+
+def _times_int4(
+    codes: Tensor, group: int, scales: Tensor, bias: Tensor | None, x: Tensor
+) -> Tensor:
+    """``float[b, K]`` -> ``float[b, N]``."""
+    multiply: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    y: Tensor = multiply(x.to(torch.bfloat16), codes, group, scales).to(x.dtype)
+    return y if bias is None else y + bias
 
 
 @lru_cache(maxsize=64)

@@ -62,6 +62,7 @@ LIKE_COGVLM: dict[str, dict[str, Any]] = {
     "tie": {"image_positions": "rope_tie"},
     "full": {"image_attention": "full"},
     "video": {"visual_expert": "none"},
+    "behind": {"text_rank": 4},
     "cogvlm": {
         "expert_bias": False,
         "vision_config": {"adapter": "linear_glu"},

@@ -15,21 +15,24 @@ from torch.testing import assert_close
 
 from cogvlm.engine import fast
 from cogvlm.engine.runner import ModelRunner
+from cogvlm.linear import FEW
 from cogvlm.load import Loaded
+from cogvlm.quantize import quantise
 from engine.families import FAMILIES, LIKE_COGVLM, family, prompts
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
-def scores(loaded: Loaded, together: bool, own: bool) -> torch.Tensor:
-    """Of three steps of four conversations, together or one by one: ``float32[3, 4, V]``."""
-    runner = ModelRunner(loaded, 4, 0, 0)
+def scores(loaded: Loaded, together: bool, own: bool, rows: int = 4) -> torch.Tensor:
+    """Of three steps of some conversations, together or one by one: ``float32[3, rows, V]``."""
+    runner = ModelRunner(loaded, rows, 0, 0)
     if own:
-        runner._fast = False
-    seats = [runner.start(prompt)[0] for prompt in prompts(loaded)[:4]]
+        runner._fast = None
+    asked = prompts(loaded)
+    seats = [runner.start(asked[row % len(asked)])[0] for row in range(rows)]
     found = []
     for number in range(3):
-        tokens = [40 + 7 * i + number for i in range(4)]
+        tokens = [40 + 7 * i + number for i in range(rows)]
         if together:
             found.append(runner.step(seats, tokens))
         else:
@@ -49,6 +52,35 @@ def test_scores_are_those_of_the_model(name: str, dtype: torch.dtype) -> None:
         expected = scores(loaded, together, own=True)
         assert float(expected.std()) > 0.5
         assert_close(scores(loaded, together, own=False), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+@pytest.mark.parametrize("rows", [FEW - 1, FEW])
+def test_few_rows_and_many_go_different_ways(precision: str | None, rows: int) -> None:
+    loaded = family("behind")
+    if precision:
+        quantise(loaded.model, precision)
+    expected = scores(loaded, True, own=True, rows=rows)
+    tolerance = TOLERANCES[torch.bfloat16 if precision else torch.float32]
+    assert_close(scores(loaded, True, own=False, rows=rows), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+def test_the_head_of_a_quantised_model_is_multiplied_in_float16(precision: str | None) -> None:
+    """Where the CPU has the kernel; the head of another model stays as it is."""
+    loaded = family("cogvlm2")
+    if precision:
+        quantise(loaded.model, precision)
+    steps, exact = fast.Steps(loaded.model), fast.Steps(loaded.model)
+    exact._half = None
+    assert precision or steps._half is None
+    runner = ModelRunner(loaded, 1, 0, 0)
+    seat, _ = runner.start(prompts(loaded)[1])
+    tokens, places = torch.tensor([50]), torch.tensor([seat.position()])
+    with torch.inference_mode():
+        found, expected = (one(tokens, places, seat.view, None) for one in (steps, exact))
+    # Eleven bits of each weight; none more is lost, and without the kernel nothing.
+    assert_close(found, expected, rtol=0, atol=2**-9 if steps._half is not None else 0.0)
 
 
 def changed(name: str, change: Any) -> Any:

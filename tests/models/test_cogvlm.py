@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mlp": {"visual_expert": "mlp"},
     "none": {"visual_expert": "none"},
     "low_rank": {"expert_rank": 3},
+    "text_rank": {"expert_rank": 3, "text_rank": 2},
     "flat": {"image_positions": "flat"},
     "rope_tie": {"image_positions": "rope_tie"},
     "full": {"image_attention": "full"},
@@ -88,6 +89,23 @@ def test_last_logits_alone_are_the_last_of_all(model: CogVLMForCausalLM) -> None
     model.model.layers[-1].mlp.register_forward_hook(lambda m, x, y: seen.append(len(x[0])))
     model(**batch, logits_to_keep=1)
     assert seen == [3]  # one token a row went through the last MLP
+
+
+@torch.no_grad()
+def test_text_is_corrected_behind_a_picture_and_nowhere_else() -> None:
+    model = toy_model(expert_rank=3, text_rank=2)
+    plain = toy_model(expert_rank=3)
+    named = dict(model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        parameter.copy_(named[name])
+    text, seeing = row(model, 9), row(model, 4, image(1), 5)
+    assert torch.equal(model(**text).logits, plain(**text).logits)
+    ours, theirs = model(**seeing).logits[0], plain(**seeing).logits[0]
+    end = 4 + int(seeing["token_type_ids"].sum()) - 1  # the picture's last token is text's own
+    torch.testing.assert_close(ours[:end], theirs[:end], rtol=0, atol=1e-5)
+    assert (ours[end:] - theirs[end:]).abs().amax(-1).min() > 1e-2
+    both = left_pad([text, seeing])
+    assert torch.equal(model(**both).logits[0], plain(**both).logits[0])
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """One more text token for every row, in as few operators as the decoder allows.
 
 A step on a CPU spends as long on small operators as on reading some weights, so what a text token
-does not need is left out: routing between experts, masks made anew, keys repeated for every head.
-What is computed is what ``models/language.py`` computes, to rounding, with its own modules; a model
-that this does not know takes its steps through its own ``forward``.
+does not need is left out: routing between experts, masks made anew, keys repeated for every head,
+modules around the kernels.  What is computed is what ``models/language.py`` computes, to rounding,
+with its weights; a model that this does not know takes its steps through its own ``forward``.
 
 ``b`` rows, ``D`` width, ``H`` query heads, ``K`` key/value heads, ``d`` head width, ``C`` columns,
 ``V`` vocabulary.
@@ -11,19 +11,23 @@ that this does not know takes its steps through its own ``forward``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..linear import FEW, Product, QuantisedLinear
 from ..models.cogvlm import CogVLMForCausalLM, CogVLMModel
-from ..models.language import DecoderLayer, RMSNorm
+from ..models.language import DecoderLayer, LowRank, RMSNorm
 from .slots import View
 
 
 def is_known(model: Any) -> bool:
-    """Whether :func:`step` computes what the model does: its own classes, whole on one device."""
+    """Whether :class:`Steps` computes what the model does: its own classes, whole on one device."""
     return (
         type(model) is CogVLMForCausalLM
         and type(model.model) is CogVLMModel
@@ -35,49 +39,166 @@ def is_known(model: Any) -> bool:
     )
 
 
-def step(model: Any, tokens: Tensor, positions: Tensor, view: View, mask: Tensor | None) -> Tensor:
-    """The scores of the next tokens, without gradients.
+class Steps:
+    """The steps of one model, whose modules must stay in their places.
+
+    The head of a quantised model, where it is float32 and on a CPU for which torch has the kernel
+    (x86 with AVX2), is multiplied in float16: its weights are rounded to eleven bits, and lie in
+    memory a second time.
 
     Args:
         model: one that :func:`is_known`.
-        tokens: ``int64[b]``, text.
-        positions: ``int64[b, 1]``, or ``int64[2, b, 1]``.
-        view: of the rows; the tokens are put behind them.
-        mask: ``bool[b, 1, 1, C]``, true where a token looks; none for everywhere.
-
-    Returns:
-        ``float32[b, V]``.
     """
-    inner = model.model
-    x = inner.embed_tokens(tokens)  # [b, D]
-    cos, sin = inner.rotary(positions, x.dtype)  # [b, 1, d]
-    half = sin.shape[-1] // 2
-    sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # for halves that change places
-    if mask is not None:  # once, not in every layer
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
-    for layer in inner.layers:
-        x = x + _attention(layer.self_attn, _norm(layer.input_layernorm, x), cos, sin, view, mask)
-        x = x + layer.mlp.language_mlp(_norm(layer.post_attention_layernorm, x))
-    scores: Tensor = model.lm_head(_norm(inner.norm, x)[:, None])
-    return scores[:, -1].float()
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._few = [_Layer.of(layer, _bare) for layer in model.model.layers]
+        self._many = [_Layer.of(layer, lambda module: module) for layer in model.model.layers]
+        self._half = _half_head(model)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        view: View,
+        mask: Tensor | None,
+        behind_picture: Tensor | None = None,
+    ) -> Tensor:
+        """The scores of the next tokens; call it without gradients.
+
+        Args:
+            tokens: ``int64[b]``, text.
+            positions: ``int64[b, 1]``, or ``int64[2, b, 1]``.
+            view: of the rows; the tokens are put behind them.
+            mask: ``bool[b, 1, 1, C]``, true where a token looks; none for everywhere.
+            behind_picture: ``bool[b, 1]``, true behind a picture; none for nowhere, and where
+                the model does not care.
+
+        Returns:
+            ``float32[b, V]``.
+        """
+        inner = self._model.model
+        x = inner.embed_tokens(tokens)  # [b, D]
+        cos, sin = inner.rotary(positions, x.dtype)  # [b, 1, d]
+        half = sin.shape[-1] // 2
+        # For halves that change places.
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        if mask is not None:  # once, not in every layer
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+        behind = None if behind_picture is None else behind_picture.to(x.dtype)
+        for layer in self._few if len(x) < FEW else self._many:
+            x = x + layer.attention(x, cos, sin, view, mask, behind)
+            x = x + layer.mlp(x)
+        x = _norm(inner.norm, x)
+        scores: Tensor
+        if self._half is not None:
+            scores = torch.ops.quantized.linear_dynamic_fp16(x, self._half)
+            return scores
+        scores = self._model.lm_head(x[:, None])
+        return scores[:, -1].float()
 
 
-def _attention(
-    layer: Any, x: Tensor, cos: Tensor, sin: Tensor, view: View, mask: Tensor | None
-) -> Tensor:
-    """``float[b, D]`` -> the same shape."""
-    heads, kv, width = layer.heads, layer.kv_heads, layer.head_dim
-    qkv = layer.language_expert_query_key_value(x).view(len(x), heads + 2 * kv, width)
-    turned, value = qkv[:, : heads + kv], qkv[:, heads + kv :]
-    turned = turned * cos + turned.roll(width // 2, dims=-1) * sin
-    key, value = view.update(turned[:, heads:, None], value[:, :, None], layer.layer_idx)
-    # Heads that share keys stand where the tokens of a sequence do otherwise: no copies of keys.
-    query = turned[:, :heads].unflatten(1, (kv, -1))  # [b, K, H / K, d]
-    mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=layer.scaling)
-    return layer.language_expert_dense(mixed.flatten(1))  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's modules, or what computes the same for a few rows."""
+
+    attn: Any
+    activation: nn.Module
+    norms: tuple[RMSNorm, RMSNorm]
+    qkv: Product
+    dense: Product
+    gate: Product
+    up: Product
+    down: Product
+    behind_qkv: LowRank | None
+    behind_dense: LowRank | None
+
+    @classmethod
+    def of(cls, layer: Any, product: Callable[[nn.Module], Product]) -> _Layer:
+        attn, mlp = layer.self_attn, layer.mlp.language_mlp
+        return cls(
+            attn,
+            mlp.activation,
+            (layer.input_layernorm, layer.post_attention_layernorm),
+            product(attn.language_expert_query_key_value),
+            product(attn.language_expert_dense),
+            product(mlp.gate_proj),
+            product(mlp.up_proj),
+            product(mlp.down_proj),
+            attn.vision_expert_text_query_key_value,
+            attn.vision_expert_text_dense,
+        )
+
+    def attention(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        view: View,
+        mask: Tensor | None,
+        behind: Tensor | None,
+    ) -> Tensor:
+        """``float[b, D]`` -> the same shape."""
+        heads, kv, width = self.attn.heads, self.attn.kv_heads, self.attn.head_dim
+        qkv = _spoken(_norm(self.norms[0], x), self.qkv, self.behind_qkv, behind)
+        qkv = qkv.view(len(x), heads + 2 * kv, width)
+        turned, value = qkv[:, : heads + kv], qkv[:, heads + kv :]
+        turned = turned * cos + turned.roll(width // 2, dims=-1) * sin
+        key, value = view.update(turned[:, heads:, None], value[:, :, None], self.attn.layer_idx)
+        # Heads that share keys stand where tokens of a sequence do otherwise: no copies of keys.
+        query = turned[:, :heads].unflatten(1, (kv, -1))  # [b, K, H / K, d]
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=self.attn.scaling)
+        return _spoken(mixed.flatten(1), self.dense, self.behind_dense, behind)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """``float[b, D]`` -> the same shape."""
+        x = _norm(self.norms[1], x)
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+def _spoken(x: Tensor, product: Any, low: LowRank | None, behind: Tensor | None) -> Tensor:
+    """As ``language.spoken``."""
+    if low is None or behind is None:
+        return product(x)  # type: ignore[no-any-return]
+    return low(x, product, behind)  # type: ignore[no-any-return]
+
+
+def _bare(module: nn.Module) -> Product:
+    """What computes the same as a linear layer for a few rows, without the module's detours."""
+    if isinstance(module, QuantisedLinear):
+        return module.bare()
+    if type(module) is nn.Linear:  # the weights of now, also when they are changed in place
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    return module
+
+
+def _half_head(model: Any) -> Any:
+    """The head's weights as torch's kernel takes them; none where that is not to be, see above."""
+    head = model.lm_head
+    if (
+        type(head) is not nn.Linear
+        or head.weight.dtype is not torch.float32
+        or head.weight.device.type != "cpu"
+        or not any(isinstance(module, QuantisedLinear) for module in model.model.layers.modules())
+    ):
+        return None
+    try:
+        return torch.ops.quantized.linear_prepack_fp16(head.weight.detach(), head.bias)
+    except RuntimeError:  # no kernel for this CPU
+        return None
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    """As the module; it computes in float32, too."""
-    weight = norm.weight
-    return F.rms_norm(x.float(), weight.shape, weight.float(), norm.eps).to(x.dtype)
+    """As the module, in float32 too: ``sqrt(D) / sqrt(|x|^2 + D eps)``, in fewer operators."""
+    wide, width = x.float(), x.shape[-1]
+    floor, root = _roots(width, norm.eps, x.device)
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = root / torch.hypot(length, floor)
+    return (wide * scale).mul_(norm.weight.float()).to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def _roots(width: int, eps: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``sqrt(D eps)`` and ``sqrt(D)``: ``float32[]`` each."""
+    floor, root = torch.tensor([(width * eps) ** 0.5, width**0.5], device=device)
+    return floor, root

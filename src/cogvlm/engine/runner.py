@@ -27,7 +27,7 @@ from ..models import positions
 from ..models.cogagent import CogAgentForCausalLM
 from ..processor import Encoded
 from . import fast
-from .reuse import Features, Prefixes, Trace, digest, trace
+from .reuse import TYPE, Features, Prefixes, Trace, digest, trace
 from .slots import Place, Slots, View
 
 
@@ -76,6 +76,7 @@ class _Sequence(Place):
         super().__init__(row)
         self.reused = 0
         self.seen = seen
+        self.sees = bool((seen[:, TYPE] == 1).any())  # a picture
         self.added: list[int] = []  # generated tokens that the buffers hold
         # Of its own, since CogAgent keeps its large picture with the cache.
         self.view = View(slots, [self])
@@ -120,14 +121,16 @@ class ModelRunner:
             )
         self._alone = isinstance(loaded.model, CogAgentForCausalLM)
         self._full = getattr(loaded.model.config, "image_attention", "causal") == "full"
-        self._fast = fast.is_known(loaded.model)
+        self._fast = fast.Steps(loaded.model) if fast.is_known(loaded.model) else None
+        # Whether its language weights are others behind a picture.
+        self._minds = getattr(loaded.model.config, "text_rank", None) is not None
         self._slots = Slots(slots)
         self._sequences: list[_Sequence] = []  # by row
         self.prefixes = Prefixes(0 if self._alone else prefix_bytes)
         self.features = Features(image_bytes)
         self.counts = Counts()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def start(self, prompt: Encoded) -> tuple[_Sequence, Tensor]:
         """Prefill one prompt; see :class:`Runner`."""
         ids, types = torch.from_numpy(prompt.input_ids), torch.from_numpy(prompt.token_type_ids)
@@ -151,12 +154,13 @@ class ModelRunner:
             use_cache=True,
             logits_to_keep=1,
             **({"cross_pixel_values": large} if large else {}),
+            **self._behind(positions.behind_picture(types[None])),
         )
         sequence.length = len(ids)
         self._sequences.append(sequence)
         return sequence, out.logits[0, -1]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, seats: Sequence[Any], tokens: Sequence[int]) -> Tensor:
         """One token more; see :class:`Runner`."""
         by_row = sorted(range(len(seats)), key=lambda i: seats[i].row)
@@ -183,8 +187,9 @@ class ModelRunner:
         where = (where if len(where) > 1 else where[0]).to(device)
         mask = self._step_mask([s.length for s in sequences])
         ids = torch.tensor(tokens, device=device)
-        if self._fast:
-            return fast.step(self._model, ids, where, view, mask)
+        behind = self._behind(torch.tensor([[s.sees] for s in sequences]))
+        if self._fast is not None:
+            return self._fast(ids, where, view, mask, **behind)
         logits: Tensor = self._model(
             input_ids=ids[:, None],
             attention_mask=mask,
@@ -192,9 +197,16 @@ class ModelRunner:
             past_key_values=view,
             use_cache=True,
             logits_to_keep=1,
+            **behind,
         ).logits
         return logits[:, -1]
 
+    def _behind(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Which ``bool[b, L]`` tokens stand behind a picture, for a model that wants to know."""
+        wanted = self._minds and bool(tokens.any())
+        return {"behind_picture": tokens.to(self._model.device)} if wanted else {}
+
+    @torch.inference_mode()
     def stop(self, seat: Any, keep: bool = True) -> None:
         """Free the row; see :class:`Runner`."""
         if keep:

@@ -121,8 +121,8 @@ class View(Cache):
         keys, values = self._slots.room(layer_idx, key_states, rows, longest)
         if len(self._places) == 1:
             start = self._places[0].length
-            keys[first, :, start:longest] = key_states[0]
-            values[first, :, start:longest] = value_states[0]
+            keys[first:rows, :, start:longest] = key_states
+            values[first:rows, :, start:longest] = value_states
         else:
             if self._ends is None:  # the same in every layer
                 index = torch.arange(first, rows, device=keys.device)

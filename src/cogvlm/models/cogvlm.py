@@ -216,6 +216,7 @@ class CogVLMModel(CogVLMPreTrainedModel):
         output_hidden_states: bool | None = None,
         last_only: bool = False,
         sequence_positions: Tensor | None = None,
+        behind_picture: Tensor | None = None,
         **extra: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the given tokens.
@@ -237,6 +238,9 @@ class CogVLMModel(CogVLMPreTrainedModel):
             sequence_positions: ``int64[B, L]`` where rows hold several sequences that do not see
                 each other: the place of each token in its own, from 0.  Each ends with text;
                 there is no padding and no cache.
+            behind_picture: ``bool[B, L]`` or longer, of which the last ``L`` count: tokens of a
+                picture or behind one, where ``past_key_values`` may hold it; without it
+                ``token_type_ids`` tell.
 
         Raises:
             InputError: images and placeholders do not fit, or positions are missing.
@@ -265,6 +269,12 @@ class CogVLMModel(CogVLMPreTrainedModel):
         decoding = inputs_embeds.shape[1] == 1 or self.config.visual_expert == "none"
         experts = None if decoding else positions.expert_mask(types)
         route = Route.text(*inputs_embeds.shape[:2]) if experts is None else Route.of(experts)
+        if getattr(self.config, "text_rank", None) is not None:  # GLM-4V has no such thing
+            behind = behind_picture
+            if behind is None:
+                behind = positions.behind_picture(types, sequence_positions)
+            behind = behind[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device)
+            route = route.marking(behind, inputs_embeds.dtype)
         kernel_mask = self.attention_mask(
             inputs_embeds, types, attention_mask, past_key_values, sequence_positions
         )
@@ -423,7 +433,9 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
         if types is not None:  # what is generated is language, whatever the prompt ended with
-            updated["token_type_ids"] = F.pad(types, (0, num_new_tokens))
+            updated["token_type_ids"] = types = F.pad(types, (0, num_new_tokens))
+            if getattr(self.config, "text_rank", None) is not None:  # GLM-4V has no such thing
+                updated["behind_picture"] = positions.behind_picture(types)
         return updated
 
     def _expand_inputs_for_generation(  # type: ignore[override]

@@ -101,9 +101,10 @@ class LowRank(nn.Module):
         self.lora_A = nn.Linear(width_in, rank, bias=False)
         self.lora_B = ZeroLinear(rank, width_out, bias=bias)
 
-    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        """``base(x) + B(A(x))``."""
-        return base(x) + self.lora_B(self.lora_A(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, base: nn.Module, where: Tensor | None = None) -> Tensor:
+        """``base(x) + B(A(x))``; the correction times ``where``, ``float[T, 1]``, if given."""
+        low = self.lora_A(x)
+        return base(x) + self.lora_B(low if where is None else low * where)  # type: ignore[no-any-return]
 
 
 def expert_linear(width_in: int, width_out: int, rank: int | None, bias: bool) -> nn.Module:
@@ -113,18 +114,34 @@ def expert_linear(width_in: int, width_out: int, rank: int | None, bias: bool) -
     return LowRank(width_in, width_out, rank, bias=bias)
 
 
-def routed(x: Tensor, n_language: int, language: nn.Module, expert: nn.Module | None) -> Tensor:
+def routed(
+    x: Tensor,
+    route: Route,
+    language: nn.Module,
+    expert: nn.Module | None,
+    text: LowRank | None = None,
+) -> Tensor:
     """Language tokens through the language layer, vision tokens through the expert: ``[T, ...]``.
 
     A low-rank expert corrects the language layer's output; without an expert the language layer
-    serves every token.
+    serves every token.  ``text`` corrects it for language tokens behind a picture.
     """
+    n_language = route.n_language
     if expert is None or n_language == len(x):
-        return language(x)  # type: ignore[no-any-return]
+        return spoken(x, route, language, text)
     vision = x[n_language:]
     low_rank = isinstance(expert, LowRank | LowRankMLP)
     seen: Tensor = expert(vision, language) if low_rank else expert(vision)
-    return seen if n_language == 0 else torch.cat((language(x[:n_language]), seen))
+    if n_language == 0:
+        return seen
+    return torch.cat((spoken(x[:n_language], route, language, text), seen))
+
+
+def spoken(x: Tensor, route: Route, language: nn.Module, text: LowRank | None) -> Tensor:
+    """Language tokens ``[T, ...]``; with no picture in sight through the language layer alone."""
+    if text is None or route.behind is None:
+        return language(x)  # type: ignore[no-any-return]
+    return text(x, language, route.behind)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -211,17 +228,24 @@ class Attention(nn.Module):
                 width, (heads + 2 * kv) * dim, rank, bias=config.expert_bias
             )
             self.vision_expert_dense = expert_linear(heads * dim, width, rank, bias=False)
+        self.vision_expert_text_query_key_value: LowRank | None = None
+        self.vision_expert_text_dense: LowRank | None = None
+        if config.text_rank is not None:
+            low = config.text_rank
+            self.vision_expert_text_query_key_value = LowRank(width, (heads + 2 * kv) * dim, low)
+            self.vision_expert_text_dense = LowRank(heads * dim, width, low)
         self.language_expert_query_key_value = nn.Linear(width, (heads + 2 * kv) * dim, bias=False)
         self.language_expert_dense = nn.Linear(heads * dim, width, bias=False)
 
     def project(self, x: Tensor, route: Route) -> Tensor:
         """Queries, keys and values: grouped ``[T, D]`` -> ``[T, (H + 2 K) d]``."""
         language, expert = self.language_expert_query_key_value, self.vision_expert_query_key_value
-        return routed(x, route.n_language, language, expert)
+        return routed(x, route, language, expert, self.vision_expert_text_query_key_value)
 
     def out(self, x: Tensor, route: Route) -> Tensor:
         """Output projection: grouped ``[T, H d]`` -> ``[T, D]``."""
-        return routed(x, route.n_language, self.language_expert_dense, self.vision_expert_dense)
+        language, expert = self.language_expert_dense, self.vision_expert_dense
+        return routed(x, route, language, expert, self.vision_expert_text_dense)
 
     def forward(self, x: Tensor, step: Step, last: bool = False) -> Tensor:
         """Grouped ``float[T, D]`` -> the same shape; ``float[B, D]`` of ``last`` tokens alone.
@@ -284,7 +308,7 @@ class ExpertMLP(nn.Module):
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """Grouped ``float[T, D]`` -> the same shape."""
-        return routed(x, route.n_language, self.language_mlp, self.vision_mlp)
+        return routed(x, route, self.language_mlp, self.vision_mlp)
 
 
 class DecoderLayer(GradientCheckpointingLayer):

@@ -19,7 +19,7 @@ spaces.ac.cn/archives/10040.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -147,6 +147,28 @@ def _images_in(row: Sequence[int], grids: Sequence[Grid]) -> int:
     return count
 
 
+def behind_picture(types: Tensor, places: Tensor | None = None) -> Tensor:
+    """Which tokens stand in a picture or behind one: ``bool[B, L]``.
+
+    ::
+
+        types   L V V V V L L
+        behind  . + + + + + +
+
+    Args:
+        types: ``int[B, L]``.
+        places: ``int64[B, L]`` of packed sequences, see :func:`packed_lengths`; each has its own
+            pictures.
+    """
+    image = (types == 1).long()
+    seen = image.cumsum(dim=1)
+    if places is None:
+        return seen > 0
+    # What was seen before the sequence began; it only grows along a row.
+    before = torch.where(places == 0, seen - image, 0).cummax(dim=1).values
+    return seen > before
+
+
 def block_ids(types: Tensor) -> Tensor:
     """Number of the image block of each token, -1 for text: ``int64[B, L]``."""
     image = types == 1
@@ -192,6 +214,10 @@ class Route:
     length: int
     n_language: int
     spans: tuple[tuple[int, int, bool], ...]  # (start, end, vision) over the flat batch
+    # float[n_language, 1], 1 for text behind a picture, and float[B, 1] of the last token of each
+    # row; none where no text is, or no weights are, for such text.
+    behind: Tensor | None = field(default=None, compare=False)
+    behind_last: Tensor | None = field(default=None, compare=False)
 
     @classmethod
     def text(cls, batch: int, length: int) -> Route:
@@ -217,7 +243,15 @@ class Route:
 
     def last(self) -> Route:
         """The route of the last token of each row, which is always a language token."""
-        return Route.text(self.batch, 1)
+        return replace(Route.text(self.batch, 1), behind=self.behind_last)
+
+    def marking(self, behind: Tensor, dtype: torch.dtype) -> Route:
+        """The same, with text marked that stands behind a picture: ``bool[B, L]``."""
+        if not bool(behind.any()):
+            return self
+        marks = behind[..., None].to(dtype)
+        text = self.split(marks)[: self.n_language]
+        return replace(self, behind=text, behind_last=marks[:, -1])
 
     def split(self, sequence: Tensor) -> Tensor:
         """``[B, L, ...]`` -> grouped ``[B * L, ...]``."""
