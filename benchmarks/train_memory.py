@@ -33,6 +33,7 @@ from cogvlm.train.compute import Compute
 from cogvlm.train.loop import Loop, Pieces, Schedule
 from cogvlm.train.plan import Plan, configuration, plan
 from cogvlm.train.recipe import Lora, Part, TuneRecipe
+from cogvlm.train.sight import Sight
 from cogvlm.train.tune import make_ready
 from common import commit, machine, peak_bytes
 
@@ -66,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full_checkpointing": {"parts": EVERYTHING, "checkpointing": True},
     "long": {"lora": LORA, "batch_size": 1, "max_tokens": 1536},
     "packed": {"lora": LORA, "packing": True, "max_tokens": 2600},
+    "image_loss": {"lora": LORA, "image_loss": 0.1},
 }
 
 
@@ -76,13 +78,18 @@ class Fixed:
     trained: CogVLMForCausalLM
     given: dict[str, Any]
     pieces: int
+    sight: Sight | None = None
 
     def batches(self, start: int) -> Iterator[Any]:
         while True:
             yield Pieces([self.given] * self.pieces)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        return self.trained(**batch).loss, {}
+        loss = self.trained(**batch).loss
+        if self.sight is not None:
+            pictures = list(batch["pixel_values"])
+            loss = loss + self.sight.loss(batch["token_type_ids"], pictures)
+        return loss, {}
 
     def lr_scale(self, name: str) -> float:
         return 1.0
@@ -143,7 +150,8 @@ def measure(recipe: TuneRecipe) -> dict[str, float]:
         quantize.quantise(model, said.precision)
     make_ready(model, recipe)
     numbers = Compute(torch.device("cpu"), said.compute)
-    objective = Fixed(model, inputs(said), 2 if recipe.packing else recipe.accumulate)
+    sight = Sight(model) if recipe.image_loss else None
+    objective = Fixed(model, inputs(said), 2 if recipe.packing else recipe.accumulate, sight)
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(objective, recipe.schedule, Path(folder), compute=numbers)
         batch = next(objective.batches(0))

@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,16 +31,16 @@ from cogvlm.train import distributed as several
 from cogvlm.train import recipe as recipes
 from cogvlm.train.rows import Limit, encode, labelled, micro_batches
 from cogvlm.train.run import _compare, prepare, run
-from cogvlm.train.tune import TuneObjective
+from cogvlm.train.tune import TuneObjective, tune
 from train import toys
 
 ROOT = Path(__file__).parents[2]
-KEYS = ("loss", "eval_loss", "grad_norm", "rows", "answer_tokens")
+KEYS = ("loss", "eval_loss", "grad_norm", "rows", "answer_tokens", "eval_records", "eval_cer")
 PLAN: dict[str, Any] = {
     "parts": {"adapter": {}, "tower": {}, "experts": {"lr": 0.5}, "language": {}},
     "batch_size": 2,
     "accumulate": 3,
-    "eval_answers": 1,
+    "eval_answers": 3,  # one process has a record more than the other
     "max_new_tokens": 2,
 }
 SCHEDULE = {"steps": 6, "ema": 0.8, "eval_every": 100, "save_every": 100, "keep_best": True}
@@ -194,6 +196,51 @@ def test_micro_batches_go_in_step(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert asked == [True, False]  # nothing where no process has a picture
 
 
+class Met(several.World):
+    """One of two processes that are threads."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, told: list[Any]) -> None:
+        super().__init__(rank, 2)
+        self.meeting, self.told = meeting, told
+
+    def gather(self, value: Any) -> list[Any]:
+        self.told[self.rank] = value
+        self.meeting.wait(60)
+        found = list(self.told)
+        self.meeting.wait(60)
+        return found
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_is_measured_is_divided_and_all_know_it(place: Path, apart: bool) -> None:
+    recipe = recipes.load(write(place, "measured", eval_count=5))
+    assert isinstance(recipe, recipes.TuneRecipe)
+    alone = tune(recipe)
+    meeting, told = threading.Barrier(2), [None, None]
+    both = [tune(recipe, Met(rank, meeting, told)) for rank in range(2)]
+    answered: list[int] = []
+    for made in both:
+        made.apart = apart  # not where a model is whole one layer at a time
+        ask = made._said
+        made._said = lambda records, ask=ask: (  # type: ignore[method-assign]
+            answered.append(len(records)) or ask(records)
+        )
+
+    def measure(made: TuneObjective) -> dict[str, Any]:
+        made.trained.eval()
+        with torch.no_grad():
+            return made.evaluate()
+
+    wanted = measure(alone)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(measure, both))
+    assert sorted(answered) == ([1, 2] if apart else [3, 3])
+    assert sum(len(made._eval_rows()) for made in both) == wanted["records"] > 2
+    assert found[0] == found[1]
+    assert found[0].pop("loss") == pytest.approx(wanted.pop("loss"), rel=1e-5)
+    assert found[0] == wanted and wanted["answers"] == 3
+
+
 # --- runs ---
 
 
@@ -263,6 +310,9 @@ def test_a_process_without_a_row_is_refused(place: Path) -> None:
     recipe = recipes.load(write(place, "sight", image_loss=0.1))
     with pytest.raises(ConfigError, match="image_loss is for one process"):
         prepare(recipe, place / "sight", several.World(0, 2))
+    recipe = recipes.load(write(place, "compiled", compile=True))
+    with pytest.raises(ConfigError, match="compile is for one process"):
+        prepare(recipe, place / "compiled", several.World(0, 2))
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 from cogvlm import devices, memory
 from cogvlm.catalog import find
 from cogvlm.cli import app
+from cogvlm.data.sft import Mix
 from cogvlm.errors import ConfigError, InputError
+from cogvlm.train import fit, lengths, told
 from cogvlm.train import plan as planning
 from cogvlm.train import recipe as recipes
 from cogvlm.train.plan import Plan, parse_memory, plan
+from cogvlm.train.rows import Limit, encode, labelled
 from train import toys
 
 ROOT = Path(__file__).parents[2]
@@ -33,25 +36,30 @@ MOST = {
 }
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")  # what is counted for one test serves the next
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of a toy model; its data do not exist, and its weights are no longer there."""
-    model = toys.write_model(tmp_path / "model")
+    folder = tmp_path_factory.mktemp("plan")
+    model = toys.write_model(folder / "model")
     (model / "model.safetensors").unlink()
     lora = {"targets": ["experts.qkv", "tower"], "rank": 4}
-    return toys.write_recipe(tmp_path / "r.yaml", model, tmp_path / "none.jsonl", lora=lora)
+    return toys.write_recipe(folder / "r.yaml", model, folder / "none.jsonl", lora=lora)
 
 
-def planned(path: Path, *settings: str, device: devices.Device = CPU) -> Plan:
+def planned(path: Path, *settings: str, device: devices.Device = CPU, processes: int = 1) -> Plan:
+    return plan(tuned(path, *settings), device, processes)
+
+
+def tuned(path: Path, *settings: str) -> recipes.TuneRecipe:
     loaded = recipes.load(path, list(settings))
     assert isinstance(loaded, recipes.TuneRecipe)
-    return plan(loaded, device)
+    return loaded
 
 
 # --- against what is taken ---
 
 
-@pytest.mark.parametrize("case", ["full_checkpointing", "packed"])
+@pytest.mark.parametrize("case", ["full_checkpointing", "packed", "image_loss"])
 def test_a_step_takes_what_was_planned(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import train_memory
@@ -86,13 +94,101 @@ def test_what_is_kept_goes_with_the_rows_and_not_with_checkpointing(toy: Path) -
     assert frozen.kept["tower"] < less.kept["tower"]
 
 
+# --- of several processes ---
+
+
+def test_what_processes_divide_is_divided(toy: Path) -> None:
+    parts = ("lora=null", "parts={experts: {}, language: {}}", "max_tokens=24", "schedule.ema=0.9")
+    one = planned(toy, *parts, "accumulate=2")
+    whole, cut = (
+        planned(toy, *parts, "accumulate=2", f"parallel={kind}", processes=4)
+        for kind in ("zero2", "fsdp")
+    )
+    for found in (whole, cut):
+        assert found.gradients == one.gradients // 4
+        for key, size in one.stays.items():
+            assert size / 4 <= found.stays[key] <= size / 4 + 1
+        assert found.moments["update"] == pytest.approx(one.moments["update"] / 4, abs=1)
+        weights = sum(size for (what, _), size in one.stays.items() if what in memory.PARTS)
+        assert found.moments["loading"] == max(0, weights - sum(found.stays.values()))
+    # The same activations; gathered are all weights, or what is no layer and two of the layers.
+    wider = whole.moments["decoder"] - cut.moments["decoder"]
+    assert 0 < wider < weights
+    kept = one.moments["decoder"] - one.gradients
+    assert whole.moments["decoder"] == kept + whole.gradients + weights
+    same = planned(toy, *parts, "accumulate=2", processes=4)  # ddp holds all
+    assert same.stays == one.stays and same.moments == one.moments
+
+
+def test_quantised_weights_are_not_divided(toy: Path) -> None:
+    with pytest.raises(ConfigError, match="int8 cannot be cut over processes; take ddp"):
+        planned(toy, "precision=int8", "parallel=fsdp", processes=2)
+
+
+# --- of data that are at hand ---
+
+
+def test_the_rows_that_are_there_decide(toy: Path, tmp_path: Path) -> None:
+    labels = toys.write_data(tmp_path / "data")
+    settings = (f"data=[{labels}]", "max_tokens=200", "lora.targets=[experts.qkv]")
+    rows = lengths.look(tuned(toy, *settings))
+    assert isinstance(rows, lengths.Rows) and rows.all and rows.records == 19
+    made = tuned(toy, *settings, "precision=float32")
+    processor = lengths._processor(made)
+    mix = Mix.open([str(labels)], 0, 0.25, "train")
+    real = [encode(processor, mix[i].messages, Limit())[0] for i in range(len(mix))]
+    most = max(len(row.input_ids) for row in real)
+    assert rows.longest.tokens == most > rows.usual.tokens
+    assert rows.longest.answers == max(map(labelled, real))
+    assert rows.longest.images == 1
+    assert rows.longest.image_tokens == int(real[0].token_type_ids.sum())
+    assert (rows.longest.height, rows.longest.width) == real[0].pixel_values[0].shape[1:]
+    found = plan(made, CPU, rows=rows)
+    assert found.shape.tokens == most and found.shape.rows == 4
+    # Of more records than are looked at, max_tokens is what is known.
+    some = replace(rows, records=9999)
+    assert planning._shape(made, planning.configuration(made.model)[0], some).tokens == 200
+    (line,) = told._rows(found)
+    assert line.startswith(f"rows: all 19 looked at, the longest {most} tokens")
+    peak = planning.at(found, planning.usual(made, rows) or found.shape).peak
+    assert f"(peak then {peak / 1e9:.3f} GB)" in line and peak < found.peak
+
+
+def test_rows_that_are_left_out_do_not_count(toy: Path, tmp_path: Path) -> None:
+    labels = toys.write_data(tmp_path / "data")
+    all_ = lengths.look(tuned(toy, f"data=[{labels}]"))
+    assert isinstance(all_, lengths.Rows)
+    limit = f"max_tokens={all_.usual.tokens}"
+    dropped, cut = (
+        lengths.look(tuned(toy, f"data=[{labels}]", limit, f"too_long={how}"))
+        for how in ("drop", "cut")
+    )
+    assert isinstance(dropped, lengths.Rows) and isinstance(cut, lengths.Rows)
+    assert dropped.longest.tokens == cut.longest.tokens == all_.usual.tokens
+    assert dropped.usual.tokens <= cut.usual.tokens == all_.usual.tokens
+    with pytest.raises(InputError, match="none of the first 19 records can be used"):
+        lengths.look(tuned(toy, f"data=[{labels}]", "max_tokens=8"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [("name=x", "none.jsonl"), ("model=cogvlm2-llama3-chat-19B", "is not on this disk")],
+)
+def test_where_data_or_tokenizer_are_not_here_it_says_so(
+    toy: Path, tmp_path: Path, setting: str, why: str
+) -> None:
+    data = [] if "model" not in setting else [f"data=[{toys.write_data(tmp_path / 'data')}]"]
+    found = lengths.look(tuned(toy, setting, *data))
+    assert isinstance(found, str) and why in found
+
+
 # --- what would fit ---
 
 
 def test_the_settings_that_are_named_make_it_fit(toy: Path) -> None:
     found = planned(toy)
     small = replace(found.device, memory_gb=0.7 * found.need / 1e9)
-    lines = planning.describe(replace(found, device=small))
+    lines = told.describe(replace(found, device=small))
     assert lines[-2].startswith("does not fit: cpu")
     size, _, options = lines[-1].removeprefix("fits in ").partition(" GB with ")
     settings = options.removeprefix("--set ").split(" --set ")
@@ -104,15 +200,24 @@ def test_the_settings_that_are_named_make_it_fit(toy: Path) -> None:
 def test_where_nothing_fits_it_says_how_many_devices(toy: Path) -> None:
     least = ("lora=null", "parts={experts: {}, language: {}}", "checkpointing=true", "batch_size=1")
     found = planned(toy, *least, "schedule.optimizer=adamw8bit", "max_tokens=24")
-    tiny = devices.Device("cpu", "cpu", 0.7 * sum(found.stays.values()) / 1e9)
-    lines = planning.describe(replace(found, device=tiny))
+    # The model itself has to fit before it is divided.
+    tiny = devices.Device("cpu", "cpu", 0.4 * sum(found.stays.values()) / 1e9)
+    none = replace(found, device=tiny)
+    assert "each loads the model before it is divided" in told.describe(none)[-1]
+    small = devices.Device("cpu", "cpu", 0.99 * fit.fitting(none)[1].need / 1e9)
+    lines = told.describe(replace(found, device=small))
     assert lines[-3].startswith("does not fit") and lines[-2].startswith("still ")
-    assert "such devices" in lines[-1] and "parallel=fsdp" in lines[-1]
+    count, _, rest = lines[-1].partition(" such devices hold it, ")
+    assert "parallel=fsdp" in rest
+    many = planned(
+        toy, *least, "max_tokens=24", "parallel=fsdp", device=small, processes=int(count)
+    )
+    assert many.fits and f"{many.need / 1e9:.1f} GB on each" in rest
 
 
 @pytest.mark.parametrize("path", TUNED, ids=[p.stem for p in TUNED])
 def test_every_recipe_has_a_plan(path: Path) -> None:
-    found = planned(path, device=parse_memory("80GB"))
+    found = planned(path, device=parse_memory("80GB")[0])
     assert found.shape.tokens == (found.recipe.max_tokens or found.shape.tokens)
     assert found.shape.text >= 64 and found.gradients > 0
     assert found.need < 1e9 * MOST.get(path.stem, 200)
@@ -150,14 +255,13 @@ def test_the_command_says_it_before_anything_is_loaded(
         raise AssertionError("something was loaded")
 
     monkeypatch.setattr("cogvlm.load.load_model", refuse)
-    monkeypatch.setattr("cogvlm.data.sft.Mix.open", refuse)
-    done = CliRunner().invoke(app, ["train", str(toy), "--plan", "--device-memory", "24GB"])
+    done = CliRunner().invoke(app, ["train", str(toy), "--plan"])
     assert done.exit_code == 0, done.output
     for text in (
         "LoRA        float32",
         "kept by decoder",
         "checkpointing  without",
-        "fits: cuda:0",
+        "fits: cpu",
     ):
         assert text in done.output
     assert not (toy.parent / "runs").exists()
@@ -168,6 +272,7 @@ def test_the_command_says_it_before_anything_is_loaded(
     [
         (["--plan", "--device-memory", "lots"], "give an amount such as 24GB"),
         (["--plan", "--device-memory", "-3GB"], "give an amount such as 24GB"),
+        (["--plan", "--device-memory", "0x24GB"], "or 8x24GB for eight devices"),
         (["--device-memory", "24GB"], "--device-memory is for --plan"),
         (["--plan", "--set", "model=me/mine"], "neither a folder here nor in the catalog"),
         (["--plan", "--set", "max_tokens=7"], "holds no text beside 6 image tokens"),
@@ -182,7 +287,10 @@ def test_what_cannot_be_planned_is_refused(toy: Path, options: list[str], messag
 
 def test_other_stages_and_other_amounts() -> None:
     with pytest.raises(ConfigError, match="stage 'read' has no --plan"):
-        planning.report(ROOT / "recipes/nano-read.yaml", [])
-    assert parse_memory("24GiB").room == 24 * 2**30 and parse_memory("80e9").room == 80e9
+        told.report(ROOT / "recipes/nano-read.yaml", [])
+    assert parse_memory("24GiB")[0].room == 24 * 2**30 and parse_memory("80e9")[0].room == 80e9
+    recipe = tuned(ROOT / "recipes/lora-19b.yaml")
+    assert told._devices(recipe, "8x24GB") == parse_memory("8x24GB")
+    assert parse_memory("8x24GB")[1] == 8 and parse_memory("24GB")[1] == 1
     with pytest.raises(InputError, match="give an amount"):
         parse_memory("")

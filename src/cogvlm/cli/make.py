@@ -26,7 +26,7 @@ def train(
         bool, typer.Option("--plan", help="Only say what memory it needs, by part.")
     ] = False,
     device_memory: Annotated[
-        str | None, typer.Option(metavar="24GB", help="With --plan: on a card of this size.")
+        str | None, typer.Option(metavar="24GB", help="With --plan: on a card, or 8x24GB.")
     ] = None,
 ) -> None:
     """Train what a recipe says; stop it with Ctrl-C, run it again to go on."""
@@ -36,9 +36,9 @@ def train(
         raise InputError("--device-memory is for --plan")
     quiet_libraries()
     if plan:
-        from ..train import plan as planning
+        from ..train.told import report
 
-        for line in planning.report(recipe, changes or [], device_memory):
+        for line in report(recipe, changes or [], device_memory):
             typer.echo(line)
         return
     from ..train.run import run as run_recipe

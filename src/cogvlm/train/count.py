@@ -28,6 +28,7 @@ from ..linear import QuantisedLinear
 from ..models.build import skeleton
 from ..models.cogvlm import CogVLMForCausalLM
 from .compute import KINDS
+from .sight import HEAD, Sight
 
 MOMENTS = ("tower", "decoder", "loss", "backward", "tower backward")
 
@@ -112,7 +113,7 @@ class Live(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
+        for value in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(value, Tensor):
                 self.add(value)
         return out
@@ -202,6 +203,7 @@ def _step(model: CogVLMForCausalLM, shape: Shape, way: Way) -> dict[str, Moment]
         if isinstance(value, Tensor):
             live.add(value)
     _watch(model, live)
+    sight = Sight(model) if hasattr(model, HEAD) else None
     model.train()
     if way.cuda and way.compute != "fp32":
         for norm in [m for m in model.modules() if isinstance(m, nn.LayerNorm)]:
@@ -210,6 +212,8 @@ def _step(model: CogVLMForCausalLM, shape: Shape, way: Way) -> dict[str, Moment]
         # Tensors without memory call themselves the CPU's.
         with torch.autocast("cpu", KINDS[way.compute], enabled=way.compute != "fp32"):
             loss = model(**given, num_items_in_batch=shape.rows).loss
+            if sight is not None and shape.images:
+                loss = loss + sight.loss(given["token_type_ids"], list(given["pixel_values"]))
         live.begin("backward")
         with mode, live:  # what the backward pass makes itself is fake too
             loss.backward()

@@ -252,6 +252,11 @@ class Shared:
         """Whether this process holds a share of the weights only."""
         return self.world.size > 1 and self.kind != "ddp"
 
+    @property
+    def apart(self) -> bool:
+        """Whether, while :meth:`measuring`, this process may ask what others do not."""
+        return not self.cut or self.kind == "zero2"
+
     def norm(self, own: Tensor) -> Tensor:
         """The norm of all gradients, from that of this process's share."""
         if not self.cut:
@@ -262,9 +267,13 @@ class Shared:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Inside, the model answers: what is asked of it beside ``forward`` is whole too."""
+        """Inside, the model answers: what is asked of it beside ``forward`` is whole too.
+
+        With ``zero2`` all of it is, from the beginning: nothing is asked of other processes.
+        """
         if self.cut:
-            self.model.unshard()  # type: ignore[operator]
+            for module in _divided(self.model) if self.apart else [self.model]:
+                module.unshard()  # type: ignore[operator]
         try:
             yield
         finally:
@@ -274,11 +283,15 @@ class Shared:
 
 def _gather_no_more(model: nn.Module) -> None:
     """Let go of weights that are whole: those that come next may be others."""
+    for module in _divided(model):
+        module.reshard()
+
+
+def _divided(model: nn.Module) -> list[Any]:
+    """The modules whose weights are gathered together."""
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def alone(model: nn.Module) -> Shared:

@@ -1,13 +1,13 @@
-"""What a run of stage "tune" will need, before anything is loaded; and what would make it fit.
+"""What a run of stage "tune" will need, before anything is loaded.
 
 Weights, gradients, optimiser and mean are exact.  What a step takes beside them is counted
-(:mod:`.count`) for a piece as large as the recipe allows: rows of ``max_tokens``, or of one
-picture, 512 tokens in and 512 out.  Measured against runs by ``benchmarks/train_memory.py``.
+(:mod:`.count`) for a piece as large as it can be: rows as long as the longest of the data
+(:mod:`.lengths`), else of ``max_tokens``, or of one picture, 512 tokens in and 512 out.  Measured
+against runs by ``benchmarks/train_memory.py``; what processes divide (:mod:`.shards`) is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,12 @@ from ..config import CogVLMConfig, FamilyConfig
 from ..errors import ConfigError, InputError
 from ..hub import resolve
 from ..models.cogvlm import CogVLMForCausalLM
-from . import recipe as recipes
 from .count import MOMENTS, Moment, Shape, Way, fresh, quantised, step
+from .lengths import Row, Rows
 from .loop import is_hidden_matrix
 from .recipe import TuneRecipe
+from .shards import shards
+from .sight import is_head
 from .tune import make_ready
 
 TEXT = 1024  # tokens of a row beside its pictures, where the recipe does not say; half are learnt
@@ -50,6 +52,8 @@ class Plan:
     gradients: int
     kept: dict[str, int]  # what lies between forward and backward
     moments: dict[str, int]
+    processes: int = 1  # each with such a device
+    rows: Rows | None = None  # what is known of the data
 
     @property
     def peak(self) -> int:
@@ -67,25 +71,28 @@ class Plan:
         return self.need <= self.device.room
 
 
-def parse_memory(text: str) -> devices.Device:
-    """A card of so much memory: ``24GB``, ``80e9``, ``24GiB``.
+def parse_memory(text: str) -> tuple[devices.Device, int]:
+    """A card of so much memory, and how many: ``24GB``, ``80e9``, ``8x24GiB``.
 
     Raises:
         InputError: no such amount.
 
-    >>> parse_memory("24GB").room
-    24000000000.0
+    >>> card, count = parse_memory("8x24GB")
+    >>> card.room, count
+    (24000000000.0, 8)
     """
     units = {"gib": 2.0**30, "gb": 1e9, "g": 1e9, "": 1.0}
-    lower = text.strip().lower()
-    unit = next(u for u in units if lower.endswith(u))
+    times, _, amount = text.strip().lower().rpartition("x")
+    unit = next(u for u in units if amount.endswith(u))
     try:
-        size = float(lower.removesuffix(unit)) * units[unit]
+        size, count = float(amount.removesuffix(unit)) * units[unit], int(times or "1")
     except ValueError:
-        size = 0.0
-    if not 1e6 <= size < 1e15:
-        raise InputError(f"--device-memory {text!r}: give an amount such as 24GB")
-    return devices.Device("cuda:0", "cuda", size / 1e9)
+        size = count = 0
+    if not 1e6 <= size < 1e15 or count < 1:
+        raise InputError(
+            f"--device-memory {text!r}: give an amount such as 24GB, or 8x24GB for eight devices"
+        )
+    return devices.Device("cuda:0", "cuda", size / 1e9), count
 
 
 def configuration(name: str) -> tuple[FamilyConfig, str | None]:
@@ -106,8 +113,16 @@ def configuration(name: str) -> tuple[FamilyConfig, str | None]:
     return load.configuration(resolve(name))
 
 
-def plan(recipe: TuneRecipe, device: devices.Device) -> Plan:
+def plan(
+    recipe: TuneRecipe, device: devices.Device, processes: int = 1, rows: Rows | None = None
+) -> Plan:
     """Count what a recipe needs on a device.
+
+    Args:
+        recipe: what is trained.
+        device: of one process.
+        processes: that train together.
+        rows: of the data, where these are known.
 
     Raises:
         ConfigError: values that cannot train, or a row that holds no text beside its picture.
@@ -117,11 +132,20 @@ def plan(recipe: TuneRecipe, device: devices.Device) -> Plan:
     precision = stored or _precision(recipe, config, device)
     plain = precision == "float32"
     compute = recipe.compute if recipe.compute != "auto" else "fp32" if plain else "bf16"
-    cuda = device.kind == "cuda"
-    made = partial(_made, recipe=recipe, precision=precision, cuda=cuda)
-    shape = _shape(recipe, config)
-    found = step(config, made, shape, Way(compute, _pieces(recipe) > 1, cuda))
-    whole = made(config)
+    cuda, cut = device.kind == "cuda", processes > 1 and recipe.parallel != "ddp"
+    if cut and precision not in _DTYPES:
+        raise ConfigError(
+            f"parallel {recipe.parallel}: {precision} cannot be cut over processes; take ddp, or "
+            "precision bfloat16"
+        )
+    # Shares are put together in the numbers of the computation, what trains among them.
+    gathered = torch.bfloat16 if cut and compute == "bf16" else None
+    made = partial(_made, recipe=recipe, precision=precision, cuda=cuda, gathered=gathered)
+    shape = _shape(recipe, config, rows)
+    # Of processes, gradients are there from the beginning: as buckets, or counted as if.
+    way = Way(compute, processes > 1 or _pieces(recipe) > 1, cuda)
+    found = _counted(config, made, shape, way)
+    whole = _made(config, recipe, precision, cuda)
     stays, trained = _standing(whole, config, recipe, precision)
     moments = {name: int(found[name].peak) for name in MOMENTS}
     sizes = [p.numel() for p in whole.parameters() if p.requires_grad]
@@ -131,13 +155,74 @@ def plan(recipe: TuneRecipe, device: devices.Device) -> Plan:
     answers = memory.prefill_bytes(config, shape.rows * shape.tokens, item)
     cache = memory.cache_bytes(config, shape.rows * shape.tokens, item)
     moments["measuring"] = answers + cache + (4 * trained if recipe.schedule.ema else 0)
-    kept = _kept(found, shape)
-    return Plan(recipe, precision, compute, device, shape, stays, 4 * trained, kept, moments)
+    before = (2 if gathered else 4) * trained if way.accumulates else 0
+    kept = _kept(found, before)
+    known = (recipe, precision, compute, device, shape, stays, 4 * trained, kept, moments)
+    one = Plan(*known, processes, rows)
+    return _divided(one, made(config), whole, before) if cut else one
 
 
-def _kept(found: dict[str, Moment], shape: Shape) -> dict[str, int]:
+def at(found: Plan, shape: Shape) -> Plan:
+    """The same plan for pieces of another shape."""
+    row = Row(shape.tokens, shape.answers, shape.images, shape.image_tokens, *shape.side)
+    alike = Rows(row, row, 1, 1)
+    return plan(found.recipe, found.device, found.processes, alike)
+
+
+def _divided(one: Plan, model: CogVLMForCausalLM, whole: CogVLMForCausalLM, before: int) -> Plan:
+    """The plan of one of several processes that divide what one would hold alone.
+
+    Args:
+        one: of a process that holds all, its gradients there from the beginning.
+        model: in the numbers of the computation.
+        whole: as it is loaded, what trains in float32.
+        before: gradients that are counted in every moment of ``one``.
+    """
+    pieces = shards(model, one.recipe.parallel, _one_size(model.config))
+    stays = {key: -(-size // one.processes) for key, size in one.stays.items()}
+    gradients = -(-one.gradients // one.processes)
+    moments = {}
+    for name, size in one.moments.items():
+        if name == "update":
+            moments[name] = -(-size // one.processes)
+        elif name == "measuring":
+            mean = one.gradients if one.recipe.schedule.ema else 0
+            moments[name] = size - mean + mean // one.processes + pieces.whole
+        else:
+            backward = pieces.gradient if "backward" in name else 0
+            moments[name] = size - before + gradients + pieces.whole + backward
+    dtype = _DTYPES[one.precision]
+    loaded = sum(p.numel() for p in whole.parameters()) * dtype.itemsize
+    moments["loading"] = max(0, loaded - sum(stays.values()))
+    return replace(one, stays=stays, gradients=gradients, moments=moments)
+
+
+def _one_size(config: Any) -> bool:
+    return getattr(config.vision, "grid", "square") == "square"
+
+
+_COUNTED: dict[str, dict[str, Moment]] = {}  # counting takes seconds, and most plans are alike
+
+
+def _counted(config: FamilyConfig, made: Any, shape: Shape, way: Way) -> dict[str, Moment]:
+    """The same as :func:`cogvlm.train.count.step`, once."""
+    recipe: TuneRecipe = made.keywords["recipe"]
+    decides = (recipe.parts, recipe.lora, recipe.checkpointing, recipe.image_loss > 0)
+    rest = {key: value for key, value in made.keywords.items() if key != "recipe"}
+    key = repr((config.to_dict(), decides, rest, shape, way))
+    if key not in _COUNTED:
+        _COUNTED[key] = step(config, made, shape, way)
+    return _COUNTED[key]
+
+
+def _kept(found: dict[str, Moment], before: int) -> dict[str, int]:
+    """What lies there at the end of the forward pass, beside ``before``: earlier gradients."""
     tower, decoder = found["tower"].end, found["decoder"].end
-    parts = {"tower": tower, "decoder": decoder - tower, "loss": found["loss"].peak - decoder}
+    parts = {
+        "tower": tower - before,
+        "decoder": decoder - tower,
+        "loss": found["loss"].peak - decoder,
+    }
     return {name: int(value) for name, value in parts.items()}
 
 
@@ -161,17 +246,48 @@ def _precision(recipe: TuneRecipe, config: FamilyConfig, device: devices.Device)
 
 
 def _made(
-    config: FamilyConfig, recipe: TuneRecipe, precision: str, cuda: bool
+    config: FamilyConfig,
+    recipe: TuneRecipe,
+    precision: str,
+    cuda: bool,
+    gathered: torch.dtype | None = None,
 ) -> CogVLMForCausalLM:
-    """A model without memory as the stage makes it ready."""
+    """A model without memory as the stage makes it ready; all of it in ``gathered``, if given."""
     model = fresh(config, _DTYPES.get(precision, torch.bfloat16))
     if precision not in _DTYPES:
         quantised(model, precision, cuda)
-    make_ready(model, recipe)
-    return model
+    make_ready(model, replace(recipe, compile=False))  # compiled layers keep no more
+    return model if gathered is None else model.to(gathered)  # type: ignore[arg-type]
 
 
-def _shape(recipe: TuneRecipe, config: FamilyConfig) -> Shape:
+def _shape(recipe: TuneRecipe, config: FamilyConfig, rows: Rows | None = None) -> Shape:
+    """The largest piece of a step."""
+    if rows is None:
+        return _guessed(recipe, config)
+    row = rows.usual if recipe.packing else rows.longest
+    if not recipe.packing:
+        # Of rows that nobody has looked at, max_tokens is what is known.
+        length = row.tokens if rows.all else recipe.max_tokens or row.tokens
+        return _of(row, recipe.batch_size, length)
+    assert recipe.max_tokens is not None
+    count = max(1, recipe.max_tokens // row.tokens)
+    many = replace(row, images=count * row.images, answers=count * row.answers)
+    return replace(_of(many, 1, recipe.max_tokens), packed=max(2, count))
+
+
+def usual(recipe: TuneRecipe, rows: Rows) -> Shape | None:
+    """A piece of usual rows, where it is another than the largest."""
+    return None if recipe.packing else _of(rows.usual, recipe.batch_size, rows.usual.tokens)
+
+
+def _of(row: Row, count: int, length: int) -> Shape:
+    text = max(2, length - row.images * row.image_tokens)
+    answers = max(1, min(row.answers, text - 1))
+    return Shape(count, row.images, row.image_tokens, text, answers, (row.height, row.width))
+
+
+def _guessed(recipe: TuneRecipe, config: FamilyConfig) -> Shape:
+    """Of rows that nothing is known about."""
     made: Any = config
     vision = made.vision
     film = isinstance(config, CogVLMConfig) and config.visual_expert == "none"
@@ -217,6 +333,8 @@ def _standing(
             matrices += size if is_hidden_matrix(name, parameter) else 0
         if adapter.is_lora(name):
             add("LoRA", "float32", 4 * size)
+        elif is_head(name):
+            add("image head", "float32", 4 * size)
         elif (plain := adapter.plain_name(name)) in groups:
             how, bits = quantize.stored_as(groups[plain], *parameter.shape)
             add(memory.part_of(plain), how, bits)
@@ -229,154 +347,3 @@ def _standing(
     if recipe.schedule.ema:
         add("mean", "float32", 4 * trained)
     return found, trained
-
-
-# --- what would fit ---
-
-
-def changes(recipe: TuneRecipe, precision: str, device: devices.Device) -> Iterator[list[str]]:
-    """Settings that make a run smaller, those that change its outcome least first."""
-    if not recipe.checkpointing:
-        yield ["checkpointing=true"]
-    size, times = recipe.batch_size, recipe.accumulate
-    while size > 1 and not recipe.packing:
-        least = next(d for d in range(2, size + 1) if size % d == 0)
-        size, times = size // least, times * least
-        yield [f"batch_size={size}", f"accumulate={times}"]
-    if recipe.schedule.optimizer == "adamw" and recipe.parallel == "ddp":
-        yield ["schedule.optimizer=adamw8bit"]
-    whole = any(part.lr > 0 for part in recipe.parts.values())
-    mixes = memory.MIXES[device.kind]
-    smaller = mixes[mixes.index(precision) + 1 :] if precision in mixes else ()
-    for name in smaller:
-        if name == "bfloat16" or not whole:
-            yield [f"precision={name}"]
-    if recipe.schedule.ema:
-        yield ["schedule.ema=0"]
-
-
-def changed(recipe: TuneRecipe, settings: list[str]) -> TuneRecipe:
-    """The recipe with some of the settings of :func:`changes`."""
-    values: dict[str, Any] = {}
-    recipes.override(values, settings)
-    schedule = replace(recipe.schedule, **values.pop("schedule", {}))
-    return replace(recipe, schedule=schedule, **values)
-
-
-def fitting(first: Plan) -> tuple[list[str], Plan]:
-    """The fewest settings that make a plan fit, or all there are where none does, and the result.
-
-    They are added one after another until it fits; those that are not needed then are taken back.
-    """
-    taken: list[list[str]] = []
-    found = first
-    for settings in changes(first.recipe, first.precision, first.device):
-        taken = [one for one in taken if one[0].split("=")[0] != settings[0].split("=")[0]]
-        taken.append(settings)
-        found = _with(first, taken)
-        if found.fits:
-            break
-    if found.fits:
-        for settings in list(taken[:-1]):
-            fewer = [one for one in taken if one is not settings]
-            if (smaller := _with(first, fewer)).fits:
-                taken, found = fewer, smaller
-    return [setting for settings in taken for setting in settings], found
-
-
-def _with(first: Plan, taken: list[list[str]]) -> Plan:
-    settings = [setting for one in taken for setting in one]
-    return plan(changed(first.recipe, settings), first.device)
-
-
-# --- said ---
-
-
-def report(path: Path, settings: list[str], device_memory: str | None = None) -> list[str]:
-    """What ``cogvlm train --plan`` says of a recipe file, on a card of a size or on what is here.
-
-    Raises:
-        ConfigError: a recipe that is wrong, or of another stage.
-        InputError: no such amount of memory; a model that nothing is known about.
-        ResourceError: no such device.
-    """
-    recipe = recipes.load(path, settings)
-    if not isinstance(recipe, TuneRecipe):
-        raise ConfigError(f"{path}: stage {recipe.stage!r} has no --plan; stage tune has")
-    return describe(plan(recipe, _device(recipe, device_memory)))
-
-
-def _device(recipe: TuneRecipe, device_memory: str | None) -> devices.Device:
-    if device_memory is not None:
-        return parse_memory(device_memory)
-    found = devices.find_devices()
-    if recipe.device == "auto":
-        return found[0]
-    place = load.pick(recipe.device)
-    return next(d for d in found if d.place in (str(place), f"{place.type}:{place.index or 0}"))
-
-
-def describe(found: Plan) -> list[str]:
-    """Lines for people: the plan, the same with checkpointing the other way, and what would fit."""
-    recipe, shape = found.recipe, found.shape
-    other = plan(replace(recipe, checkpointing=not recipe.checkpointing), found.device)
-    with_, without = (found, other) if recipe.checkpointing else (other, found)
-    pictures = (
-        f"{shape.images} picture{'s' * (shape.images > 1)} of {shape.side[1]}x{shape.side[0]}"
-    )
-    lines = [
-        f"{recipe.name}: {recipe.model} in {found.precision}, computed in {found.compute}",
-        f"at once: {shape.rows} x {shape.tokens} tokens ({pictures} pixels, {shape.text} of text, "
-        f"{shape.answers} learnt); a step is {recipe.batch_size * recipe.accumulate} records",
-        "",
-        "stays                            GB",
-        *(f"  {what:<12}{how:<12}{_gb(size)}" for (what, how), size in found.stays.items()),
-        "",
-        "a step                           GB   checkpointing  without",
-    ]
-    labels = {
-        "tower": "kept by tower and adapter",
-        "decoder": "kept by decoder",
-        "loss": "logits and loss",
-    }
-    for name, label in labels.items():
-        lines.append(_row(label, found.kept[name], with_.kept[name], without.kept[name]))
-    lines.append(_row("gradients", found.gradients, found.gradients, found.gradients))
-    for name in found.moments:
-        if any(one.moments[name] for one in (found, other)):
-            sizes = (one.moments[name] for one in (found, with_, without))
-            lines.append(_row(f"at most, {name}", *sizes))
-    lines += ["", _row("peak", found.peak, with_.peak, without.peak)]
-    lines.append(_row("with 5 % to spare", found.need, with_.need, without.need))
-    return [*lines, "", *_verdict(found)]
-
-
-def _verdict(found: Plan) -> list[str]:
-    room = f"{found.device.name}, {found.device.room / 1e9:.1f} GB free"
-    if found.fits:
-        return [f"fits: {room}"]
-    settings, smaller = fitting(found)
-    options = " ".join(f"--set {setting}" for setting in settings)
-    if smaller.fits:
-        return [f"does not fit: {room}", f"fits in {smaller.need / 1e9:.1f} GB with {options}"]
-    lines = [f"does not fit: {room}"]
-    if settings:
-        lines.append(f"still {smaller.need / 1e9:.1f} GB with {options}")
-    stays = sum(found.stays.values()) + found.gradients
-    beside = max(0, smaller.need - int(_SPARE * (sum(smaller.stays.values()) + smaller.gradients)))
-    if (room_left := found.device.room - beside) > 0:
-        count = -(-int(stays * _SPARE) // int(room_left))
-        lines.append(
-            f"about {max(2, count)} such devices hold it with --set parallel=fsdp --set "
-            "checkpointing=true, one row on each"
-        )
-    return lines
-
-
-def _row(label: str, *sizes: int) -> str:
-    first, *rest = (_gb(size) for size in sizes)
-    return f"  {label:<24}{first}" + "".join(f"{text:>14}" for text in rest)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:>9.3f}" if size < 1e8 else f"{size / 1e9:>9.2f}"

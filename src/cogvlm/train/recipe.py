@@ -16,6 +16,7 @@ import yaml
 from ..config import CogVLMConfig, preset
 from ..errors import ConfigError, refuse_unknown
 from .loop import Schedule
+from .pages import PageData
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class LineData:
 class Recipe:
     """What a recipe file holds."""
 
-    stage: str  # read | align | answer
+    stage: str  # read | align | answer | instruct
     schedule: Schedule
     name: str = "run"
     seed: int = 0
@@ -47,9 +48,12 @@ class Recipe:
     init: tuple[str, ...] = ()  # safetensors files to start from; later ones win
     language: str = "smollm2-135m-instruct"  # frozen language model, for align and answer
     data: LineData = field(default_factory=LineData)
+    pages: PageData | None = None  # for align: pages of several lines among the lines
+    pixels: dict[str, Any] = field(default_factory=dict)  # of the rule for picture sizes
     questions: tuple[str, ...] = ("What does the picture say?",)  # for answer
     adapter_lr: float = 1.0  # learning-rate scale of the adapter in stage answer
     tower_lr: float = 0.1  # learning-rate scale of the tower in stage answer; 0 freezes it
+    text_lr: float = 1.0  # of the corrections of the language weights, see config.text_rank
     device: str = "auto"
 
     @property
@@ -102,6 +106,7 @@ class TuneRecipe:
     precision: str = "auto"  # of what is frozen: see cogvlm.load
     compute: str = "auto"  # fp32 | bf16 | fp16; auto: fp32 for float32 weights, else bf16
     checkpointing: bool = False  # keep no activations inside the layers
+    compile: bool = False  # the decoder's layers, see train/compiled.py
     parallel: str = "ddp"  # with several processes: ddp | zero2 | fsdp, see docs/training.md
     parts: dict[str, Part] = field(default_factory=dict)  # adapter, experts, tower, cross, language
     lora: Lora | None = None
@@ -259,4 +264,6 @@ def load(path: Path, assignments: list[str] | None = None) -> Recipe | TuneRecip
         return _tune(values, path)
     if "data" in values:
         values["data"] = build(LineData, values["data"], f"{path}: data")
+    if values.get("pages") is not None:
+        values["pages"] = build(PageData, values["pages"], f"{path}: pages")
     return build(Recipe, values, str(path))

@@ -46,6 +46,8 @@ def _check(recipe: recipes.TuneRecipe, processes: int) -> None:
         )
     if recipe.image_loss:
         raise ConfigError("image_loss is for one process; leave it out, or torchrun")
+    if recipe.compile:
+        raise ConfigError("compile is for one process; leave it out, or torchrun")
 
 
 def prepare(
@@ -64,7 +66,7 @@ def prepare(
         assert isinstance(made, TuneObjective)
         numbers = compute(recipe, made)
         shared = share(made.trained, recipe.parallel, world, numbers.kind)
-        made.forward = shared.forward
+        made.forward, made.apart = shared.forward, shared.apart
         if world.first:
             trackers = log.trackers(recipe.track, out, recipe.name)
     return Loop(made, recipe.schedule, out, recipe.seed, numbers, trackers, shared)

@@ -66,7 +66,8 @@ class Sight:
         assert self.hidden is not None
         if not pictures:
             return self.hidden.new_zeros(())
-        tokens = self.hidden[(types == 1).to(self.hidden.device)]
+        row, column = (types == 1).nonzero(as_tuple=True)
+        tokens = self.hidden[row.to(self.hidden.device), column.to(self.hidden.device)]
         aims = self._aims(pictures)
         blocks = tokens.split([len(aim) + 2 for aim in aims])  # with begin and end
         before = torch.cat([block[: len(block) - 2] for block in blocks])  # begin, all but the last

@@ -30,6 +30,7 @@ from ..processor import Batch, Encoded, assistant, user
 from ..processor.encode import IGNORED, Ids
 from ..score import cer
 from ..settings import GenerationSettings
+from .compiled import compile_layers
 from .compute import Compute, recompute
 from .distributed import World, in_step, share_of, whole, widen
 from .loop import Pieces
@@ -80,6 +81,7 @@ class TuneObjective:
     held_out: Mix | None
     recipe: TuneRecipe
     world: World = field(default_factory=World)  # which divides the rows of a step
+    apart: bool = True  # whether a process may ask the model what the others do not
     lora: Any = None  # peft's configuration, once it is put in
     origin: tuple[int, int] = (0, 0)  # a step, and the first record of it
     seen: set[str] = field(default_factory=set)  # of the records left out, those reported
@@ -217,22 +219,29 @@ class TuneObjective:
     # --- measuring ---
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss of held-out answers; of the last ones exact matches, character errors, samples."""
+        """Loss of held-out answers; of the last ones exact matches, character errors, samples.
+
+        Processes divide the records, and all come to the same figures.
+        """
         if not self.measured:
             return {}
         rows = self._eval_rows()
+        groups = micro_batches(rows, self.recipe.batch_size)
+        groups, _ = in_step(self.world, groups, 0, self._blank)
         total, count = 0.0, 0
-        for group in micro_batches(rows, self.recipe.batch_size):
+        for group in groups:
             tokens = sum(map(labelled, group))
             given = inputs(self.loaded.processor.batch(group), self.trained.device)
             total += float(self.trained(**given).loss) * tokens
             count += tokens
-        found: dict[str, Any] = {"loss": total / max(1, count), "records": len(rows)}
+        totals, counts, sizes = zip(*self.world.gather((total, count, len(rows))), strict=True)
+        found = {"loss": sum(totals) / max(1, sum(counts)), "records": sum(sizes)}
         return {**found, **self._answers()}
 
     def _eval_rows(self) -> list[Encoded]:
+        """Of the held-out records, those of this process."""
         rows = []
-        for record in self.measured:
+        for record in self.measured[self.world.rank :: self.world.size]:
             try:
                 rows.append(encode(self.loaded.processor, record.messages, self.steps.limit)[0])
             except InputError as error:
@@ -243,13 +252,13 @@ class TuneObjective:
         records = self.measured[: self.recipe.eval_answers]
         if not records:
             return {}
-        said: list[str] = []
-        settings = GenerationSettings(self.recipe.max_new_tokens)
-        processor = self.loaded.processor
-        for i in range(0, len(records), self.recipe.batch_size):
-            group = records[i : i + self.recipe.batch_size]
-            batch = processor.batch([processor.encode(r.messages[:-1]) for r in group])
-            said += [answer.text.strip() for answer in generate(self.loaded, batch, settings)]
+        if self.apart:
+            rank, size = self.world.rank, self.world.size
+            said = [""] * len(records)
+            for i, answers in enumerate(self.world.gather(self._said(records[rank::size]))):
+                said[i::size] = answers
+        else:
+            said = self._said(records)
         truths = [r.answers[-1].strip() for r in records]
         right = sum(a == b for a, b in zip(said, truths, strict=True))
         samples = [
@@ -262,6 +271,17 @@ class TuneObjective:
             "answers": len(truths),
             "samples": samples[: self.recipe.samples],
         }
+
+    def _said(self, records: Sequence[Record]) -> list[str]:
+        """What the model answers to the last question of each."""
+        said: list[str] = []
+        settings = GenerationSettings(self.recipe.max_new_tokens)
+        processor = self.loaded.processor
+        for i in range(0, len(records), self.recipe.batch_size):
+            group = records[i : i + self.recipe.batch_size]
+            batch = processor.batch([processor.encode(r.messages[:-1]) for r in group])
+            said += [answer.text.strip() for answer in generate(self.loaded, batch, settings)]
+        return said
 
     def export(self, folder: Path) -> None:
         """Write the adapter, see :mod:`cogvlm.adapter`; whole parts in the dtype of the model."""
@@ -303,6 +323,8 @@ def make_ready(model: nn.Module, recipe: TuneRecipe, wide: bool = True) -> Any:
     if wide:
         widen(model)
     let_gradients_through(model)
+    if recipe.compile:
+        compile_layers(model)
     if recipe.checkpointing:
         recompute(model)
     return put_in

@@ -150,7 +150,7 @@ def check(
         try:
             record = source[index]
             _refuse_twice(record, index, source, seen)
-            sizes = [_size(v, decode) for v in record.visuals if isinstance(v, Image)]
+            sizes = [size_of(v, decode) for v in record.visuals if isinstance(v, Image)]
             _look_at_films(record)
             length = measure(record, sizes) if measure is not None else None
             if length is not None and max_tokens is not None and length.all > max_tokens:
@@ -178,7 +178,7 @@ def _refuse_twice(record: Record, index: int, source: Source, seen: dict[int, in
         raise InputError(f"id {record.id!r} again, first at {source.where(first)}; every id once")
 
 
-def _size(image: Image, decode: bool) -> Size:
+def size_of(image: Image, decode: bool) -> Size:
     """Width and height as shown."""
     if not decode:
         # Decoders raise nearly anything; the full reader then says what it is.
@@ -193,7 +193,7 @@ def describe(visual: Image | Video) -> str:
     size = ""
     if isinstance(visual, Image):
         try:
-            size = " {}x{}".format(*_size(visual, False))
+            size = " {}x{}".format(*size_of(visual, False))
         except ImageError:
             size = " unreadable"
     source = visual.source
