@@ -10,60 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cogvlm.data.lines import Line
 from cogvlm.models.checkpoint import is_vision
 from cogvlm.processor import Processor
-from cogvlm.processor.image import NativePixels
 from cogvlm.processor.template import TEMPLATES
 from cogvlm.train.align import AlignObjective, CellPieces, ReaderWithAdapter, cut_into_cells
 from cogvlm.train.answer import AnswerObjective, Prompt
-from cogvlm.train.lines import LinePools
 from cogvlm.train.loop import Loop, Schedule
 from cogvlm.train.read import Reader, ReadObjective, column_labels, decode_columns
 from fakes import toy_model
-
-NATIVE = {"grid": "native", "max_rows": 2, "max_cols": 8, "num_positions": 17}
-PLAN = NativePixels(14, 2, 2, 8)
-CPU = torch.device("cpu")
-
-
-class Bars:
-    """Lines of 'a' (dark) and 'b' (light), each 14 pixels wide; line ``i`` depends on ``i``."""
-
-    def __init__(self, shortest: int = 2) -> None:
-        self.shortest = shortest
-
-    def line_at(self, index: int) -> Line:
-        rng = np.random.default_rng(index)
-        text = "".join(rng.choice(["a", "b"], size=int(rng.integers(self.shortest, 9))))
-        array = np.repeat([[0 if c == "a" else 200 for c in text]], 28, axis=0).repeat(14, axis=1)
-        image = Image.fromarray(array.astype(np.uint8)).convert("RGB")
-        centers = np.arange(len(text), dtype=np.float32) * 14 + 7
-        return Line(image, text, centers, np.stack([centers - 7, centers + 7], 1))
-
-
-class Bytes:
-    """Token id = character code; two specials per role marker."""
-
-    bos_id, eos_id, pad_id = 1, 2, 3
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(c) % 300 for c in text]
-
-    def decode(self, ids: object) -> str:
-        return "".join(chr(i) for i in ids if i > 3)  # type: ignore[attr-defined]
-
-    def token_id(self, name: str) -> int | None:
-        return {"<|im_start|>": 1, "<|im_end|>": 2, "<image>": 3}.get(name)
-
-
-def pools(batch: int = 16, shortest: int = 2) -> LinePools:
-    return LinePools(Bars(shortest), PLAN, batch, 32, seed=0)  # type: ignore[arg-type]
-
-
-def common(shortest: int = 2) -> dict[str, object]:
-    source = pools(shortest=shortest)
-    return {"train_pools": source, "eval_pools": source, "device": CPU, "workers": 0}
+from train.bars import NATIVE, PLAN, Bytes, common, pools
 
 
 def test_labels_and_their_decoding_are_inverse() -> None:
@@ -110,11 +65,17 @@ def test_align_moves_tokens_to_the_embeddings(tmp_path: Path) -> None:
         blank=10,
         **common(),  # type: ignore[arg-type]
     )
-    batch = objective.train_pools.pool(0)[0]
-    shares = objective.shares(batch)
-    first = cut_into_cells(batch.texts[0], batch.centers[0], batch.pixels.shape[-1] // 28, 28)[0]
-    expected = objective.embeddings[[ord(c) for c in first]].mean(0)
-    torch.testing.assert_close((shares @ objective.rivals)[0, 0], expected)
+    lines = objective.train_pools.pool(0)[0]
+    batch = lines.sheet()
+    first = cut_into_cells(lines.texts[0], lines.centers[0], lines.pixels.shape[-1] // 28, 28)
+    places, spelled = objective.targets(batch)
+    told = [j for j, text in enumerate(first) if text]
+    assert places[: len(told)].tolist() == [[0, 0, j] for j in told]
+    for text, rivals in zip(filter(None, first), spelled, strict=False):
+        expected = objective.embeddings[[ord(c) for c in text]]
+        assert torch.equal(objective.rivals[rivals], expected)
+    labels = objective.row_labels(batch)[:, 0]
+    assert decode_columns(labels.numpy()) == lines.texts
     assert float(objective.distances(objective.rivals).diagonal().abs().max()) < 1e-4
     before = objective.loss(batch)[1]["distance"]
     plan = Schedule(steps=60, lr=3e-3, warmup=5, log_every=20, eval_every=99, save_every=99)

@@ -54,6 +54,9 @@ def render(
     texts: TextsOption = None,
     fonts: FontsOption = None,
     side: SideOption = 448,
+    larger: Annotated[
+        float, typer.Option(min=0.5, max=8, help="Print so many times larger, less of it.")
+    ] = 1.0,
     strength: StrengthOption = 1.0,
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Fonts, texts and things that training never sees.")
@@ -78,7 +81,7 @@ def render(
         typer.echo(f"left out {kind}: {reason}", err=True)
     corpus = read_corpus(texts or (), held_out=held_out, licence=licence)
     faces = find_faces(fonts or (), held_out=held_out)
-    maker = Render(Setting(corpus, faces, side, strength, held_out), chosen, seed)
+    maker = Render(Setting(corpus, faces, side, strength, held_out, larger), chosen, seed)
     steps = (Compose(turns=turns, held_out=held_out),)
     _make(maker, steps, out, shards_of(count, shard_size), processes, ray, shard_size, count)
 

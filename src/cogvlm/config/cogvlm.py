@@ -131,8 +131,8 @@ class CogVLMConfig(PreTrainedConfig):
     visual_expert: Literal["all", "mlp", "none"] = "all"
     expert_every: int = 1  # only layers 0, n, 2n, ... have an expert
     expert_rank: int | None = None  # None: full weights; r: language weights + rank-r correction
-    # Rank of corrections to the attention's language weights, for text behind a picture; None: none.
-    # Text before any picture never meets them: with no picture the language model stays itself.
+    # Rank of corrections to the attention's language weights for text behind a picture; None: none.
+    # Other text never meets them: with no picture the language model stays itself.
     text_rank: int | None = None
     # "shared": one position id for all patches of an image (released); "flat": one each;
     # "rope_tie": two-dimensional (Su 2024, RoPE-Tie), text at (n, n).

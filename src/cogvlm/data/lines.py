@@ -67,6 +67,7 @@ class Line:
     text: str
     centers: Floats  # [N]: x of the middle of each character's advance, halfway up a capital
     extents: Floats  # [N, 2]: x of its left and right end
+    feet: Floats  # [N]: y just above the baseline, an eighth of an em
 
 
 class LineStream:
@@ -130,7 +131,8 @@ def render_line(
     left, right = print_.edges.T
     x = [_apply(matrix, points, middle)[0] for points in ((left + right) / 2, left, right)]
     center, *ends = (values.astype(np.float32) for values in x)
-    return Line(image, text, center, np.stack(ends, 1))
+    feet = _apply(matrix, (left + right) / 2, np.full(len(text), -0.125 * font.size))[1]
+    return Line(image, text, center, np.stack(ends, 1), feet.astype(np.float32))
 
 
 def advances(text: str, font: ImageFont.FreeTypeFont) -> Matrix:

@@ -22,6 +22,7 @@ from PIL import Image as PILImage
 
 from ..errors import CheckpointError, ConfigError, InputError, MessageError, refuse_unknown
 from .image import ImageLimits, Pixels, SquarePixels, load_image, pixels_from_dict
+from .lines import LinePixels
 from .messages import Image, Message, Video
 from .template import BOS, EOS, ImageSlot, Plain, Segment, Special, Template, get_template
 from .tokenizer import Tokenizer, read_json, tokenizer_of
@@ -148,7 +149,7 @@ class Processor:
                 count = self.pixels.tokens(*self.pixels.grid(*image.size))
                 new, kind, labelled = [self.image_token_id] * count, IMAGE, False
             else:
-                new, kind, labelled = self._words(segment), LANGUAGE, segment.labelled
+                new, kind, labelled = self.words(segment), LANGUAGE, segment.labelled
             ids += new
             types += [kind] * len(new)
             labels += new if labelled else [IGNORED] * len(new)
@@ -210,11 +211,16 @@ class Processor:
             )
 
     def _expand(self, segments: Sequence[Segment]) -> Iterator[Segment]:
-        """For a video model, the frames of every film, numbered where its plan says so.
-
-        A picture is a film of one frame there.
+        """For a video model, the frames of every film, numbered where its plan says so; a picture is
+        a film of one frame there.  For one that reads lines, the pieces of every picture.
         """
         for segment in segments:
+            if isinstance(segment, ImageSlot) and isinstance(self.pixels, LinePixels):
+                straight = self.pixels.cut(self._image(segment))
+                for piece in straight.pieces:
+                    yield ImageSlot(Image(straight.crop(piece)))
+                    yield from [Plain(piece.behind)] if piece.behind else []
+                continue
             if self.video is None or not isinstance(segment, ImageSlot):
                 yield segment
                 continue
@@ -233,7 +239,12 @@ class Processor:
         assert isinstance(slot.image, Image)  # films are expanded or refused before
         return load_image(slot.image.source, self.limits)
 
-    def _words(self, segment: Plain | Special) -> list[int]:
+    def words(self, segment: Plain | Special) -> list[int]:
+        """Ids of a piece of text, or of a special token.
+
+        Raises:
+            ConfigError: the tokenizer does not have the token.
+        """
         if isinstance(segment, Plain):
             return self.tokenizer.encode(segment.text)
         if segment.token == BOS:
@@ -279,7 +290,7 @@ def _from_processor_json(
         )
     return {
         "template": _template(values["template"], path),
-        "pixels": pixels_from_dict(values["pixels"], f"{path}: pixels"),
+        "pixels": pixels_from_dict(values["pixels"], f"{path}: pixels", {"lines": LinePixels}),
         "image_token_id": image_token_id,
         **{key: values[key] for key in optional if key in values},
     }

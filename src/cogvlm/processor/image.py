@@ -254,7 +254,8 @@ class NativePixels:
     The picture is scaled by the largest factor that keeps it within ``max_rows`` x ``max_cols``
     patches, and within ``max_patches`` in all; each side is then rounded to the nearest multiple
     of ``patch * merge`` pixels, at least one.  Where that rounding breaks ``max_patches``, the
-    longer side gives way.
+    longer side gives way.  With ``max_scale`` a picture is enlarged by that factor at most, or to
+    ``min_rows`` of patches where it would be lower.
 
     Raises:
         ConfigError: a number below 1, a maximum that is no multiple of ``merge``, or fewer patches
@@ -266,6 +267,8 @@ class NativePixels:
     max_rows: int = 4  # patches
     max_cols: int = 96  # patches
     max_patches: int | None = None  # patches; None: rows and columns are the only limits
+    max_scale: float | None = None  # pixels it is given for one of its own; None: no limit
+    min_rows: int = 1  # patches
 
     def __post_init__(self) -> None:
         _check_positive(self)
@@ -295,6 +298,9 @@ class NativePixels:
         factor = min(self.max_rows * self.patch / height, self.max_cols * self.patch / width)
         if self.max_patches is not None:
             factor = min(factor, self.patch * math.sqrt(self.max_patches / (width * height)))
+        if self.max_scale is not None:
+            least = self.min_rows * self.patch / height
+            factor = min(factor, max(self.max_scale, least))
         rows = max(1, math.floor(height * factor / (self.patch * tall) + 0.5))
         cols = max(1, math.floor(width * factor / (self.patch * wide) + 0.5))
         if self.max_patches is not None:
@@ -315,8 +321,10 @@ class NativePixels:
         return normalise(image, cols * self.patch, rows * self.patch)
 
 
-def pixels_from_dict(values: Mapping[str, Any], where: str) -> SquarePixels | NativePixels:
-    """Build a plan from ``{"kind": "square" | "native", ...its fields}``.
+def pixels_from_dict(
+    values: Mapping[str, Any], where: str, more: Mapping[str, type[NativePixels]] | None = None
+) -> SquarePixels | NativePixels:
+    """Build a plan from ``{"kind": "square" | "native", ...its fields}``; ``more`` are other kinds.
 
     Raises:
         ConfigError: an unknown kind or key, or an impossible value.
@@ -324,12 +332,12 @@ def pixels_from_dict(values: Mapping[str, Any], where: str) -> SquarePixels | Na
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} is a {type(values).__name__}; give an object with a 'kind'")
     kinds: dict[str, type[SquarePixels] | type[NativePixels]]
-    kinds = {"square": SquarePixels, "native": NativePixels}
+    kinds = {"square": SquarePixels, "native": NativePixels, **(more or {})}
     kind = values.get("kind")
     if kind not in kinds:
         raise ConfigError(f"{where}: kind {kind!r} is not known; known kinds: {', '.join(kinds)}")
     numbers = {key: value for key, value in values.items() if key != "kind"}
-    if kind == "native" and isinstance(numbers.get("merge"), list):
+    if kind != "square" and isinstance(numbers.get("merge"), list):
         numbers["merge"] = tuple(numbers["merge"])
     refuse_unknown(numbers, [field.name for field in fields(kinds[kind])], where)
     try:
@@ -342,6 +350,10 @@ def _check_positive(plan: SquarePixels | NativePixels) -> None:
     for field in fields(plan):
         value = getattr(plan, field.name)
         if value is None and field.default is None:
+            continue
+        if field.name == "max_scale":
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ConfigError(f"max_scale is {value!r}; give a number above 0")
             continue
         pair = field.name == "merge" and isinstance(value, tuple) and len(value) == 2
         numbers: tuple[Any, ...] = value if pair else (value,)

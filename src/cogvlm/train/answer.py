@@ -37,7 +37,7 @@ class Prompt:
     @classmethod
     def of(cls, processor: Processor, question: str) -> Prompt:
         """What the processor makes of a picture and ``question``."""
-        encoded = processor.encode([user(Picture.new("RGB", (28, 28)), question)])
+        encoded = processor.encode([user(Picture.new("RGB", (56, 56)), question)])
         types = encoded.token_type_ids.tolist()
         first = types.index(1)
         last = len(types) - types[::-1].index(1)
@@ -54,7 +54,7 @@ class AnswerObjective:
     prompts: list[Prompt]
     train_pools: LinePools
     eval_pools: LinePools
-    scales: dict[str, float]  # learning-rate scale by part: tower, adapter, experts
+    scales: dict[str, float]  # of learning rates: tower, adapter, experts, text
     device: torch.device
     seed: int
     workers: int = 1
@@ -72,6 +72,8 @@ class AnswerObjective:
         """See :class:`cogvlm.train.loop.Objective`."""
         if ".vision.transformer." in name or ".patch_embedding." in name:
             return self.scales["tower"]
+        if ".vision_expert_text_" in name:
+            return self.scales["text"]
         return self.scales["adapter" if name.startswith("model.vision.") else "experts"]
 
     def batches(self, start: int) -> Iterator[tuple[int, LineBatch]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median_high
 
 from ..data.sft import Mix, Record
-from ..data.sft.check import size_of, measure_with
+from ..data.sft.check import measure_with, size_of
 from ..errors import CogVLMError, InputError, ResourceError
 from ..hub import SMOLLM2, language_model, language_model_ready, resolve
 from ..processor import FastTokenizer, Image, Processor, SquarePixels, open_tokenizer

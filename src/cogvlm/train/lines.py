@@ -20,23 +20,54 @@ from ..processor.image import NativePixels, normalise
 Pixels = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Row:
+    """A line of a picture; ``points`` float32[N, 2] are x and y of its characters, in pixels."""
+
+    text: str
+    points: NDArray[np.float32]
+
+
+@dataclass
+class Sheet:
+    """Pictures of one size, float32[N, 3, H, W], and of each its lines.
+
+    ``share`` is the part that they have in the loss of their step.
+    """
+
+    pixels: Pixels
+    rows: list[tuple[Row, ...]]
+    share: float = 1.0
+
+
 @dataclass
 class LineBatch:
-    """``pixels`` float32[N, 3, H, W] normalised; ``centers`` in pixels of the resized picture."""
+    """Pictures of a line each; places in pixels of the resized picture.
+
+    ``pixels`` float32[N, 3, H, W] normalised; ``centers`` x of the characters, ``feet`` their y,
+    just above the baseline.
+    """
 
     pixels: Pixels
     texts: list[str]
     centers: list[NDArray[np.float32]]
+    feet: list[NDArray[np.float32]]
+
+    def sheet(self, share: float = 1.0) -> Sheet:
+        """The same as any other pictures."""
+        lines = zip(self.texts, self.centers, self.feet, strict=True)
+        return Sheet(self.pixels, [(Row(t, np.stack([x, y], 1)),) for t, x, y in lines], share)
 
 
 def stack(lines: list[Line], width: int, height: int) -> LineBatch:
     """Resize lines to one size, normalise and stack them."""
     pixels = np.empty((len(lines), 3, height, width), np.float32)
-    centers = []
+    centers, feet = [], []
     for i, line in enumerate(lines):
         pixels[i] = normalise(line.image, width, height)
         centers.append(line.centers * (width / line.image.width))
-    return LineBatch(pixels, [line.text for line in lines], centers)
+        feet.append(line.feet * (height / line.image.height))
+    return LineBatch(pixels, [line.text for line in lines], centers, feet)
 
 
 class LinePools(Dataset[list[LineBatch]]):

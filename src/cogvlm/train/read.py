@@ -62,7 +62,7 @@ def decode_columns(classes: NDArray[np.int64]) -> list[str]:
 class Reader(nn.Module):
     """The tower with a head that names the characters of each patch column.
 
-    The rows of patches are averaged before the head: ``float[N, P, C]`` ->
+    The rows of patches of a line are averaged before the head: ``float[N, P, C]`` ->
     ``float[N, cols, SLOTS, CLASSES]``.
     """
 
@@ -74,14 +74,17 @@ class Reader(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``float[N, 3, H, W]`` -> logits ``float[N, cols, SLOTS, CLASSES]``."""
-        x, grid = self.patch_embedding(pixels)
-        return self.name(self.transformer(x)[:, 1:], *grid)
+        x, (rows, cols) = self.patch_embedding(pixels)
+        return self.name(self.transformer(x)[:, 1:], rows, cols, rows)[:, 0]
 
-    def name(self, patches: Tensor, rows: int, cols: int) -> Tensor:
-        """Tower output ``float[N, P, C]`` -> logits ``float[N, cols, SLOTS, CLASSES]``."""
+    def name(self, patches: Tensor, rows: int, cols: int, tall: int) -> Tensor:
+        """Tower output ``float[N, P, C]`` -> logits ``float[N, rows/tall, cols, SLOTS, CLASSES]``.
+
+        ``tall`` rows of patches are averaged.
+        """
         n, _, width = patches.shape
-        columns = patches.view(n, rows, cols, width).mean(1)
-        return self.head(columns).view(n, cols, SLOTS, CLASSES)  # type: ignore[no-any-return]
+        columns = patches.view(n, rows // tall, tall, cols, width).mean(2)
+        return self.head(columns).view(n, -1, cols, SLOTS, CLASSES)  # type: ignore[no-any-return]
 
 
 @dataclass

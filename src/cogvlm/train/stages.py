@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.render import HELD_OUT_SEED, line_stream
-from ..errors import ConfigError
+from ..errors import ConfigError, refuse_unknown
 from ..hub import language_model
 from ..load import compose, language_tensors
 from ..models.build import skeleton
@@ -19,12 +19,15 @@ from ..models.checkpoint import is_vision, read_safetensors
 from ..models.vision import VisionModel
 from ..processor import Processor
 from ..processor.image import NativePixels
+from ..processor.lines import LinePixels
 from ..processor.template import TEMPLATES
 from ..processor.tokenizer import FastTokenizer
 from .align import AlignObjective, CellPieces, ReaderWithAdapter
 from .answer import AnswerObjective, Prompt
+from .instruct import InstructObjective
 from .lines import LinePools
 from .loop import Objective
+from .pages import Pages
 from .read import Reader, ReadObjective
 from .recipe import Recipe
 
@@ -35,7 +38,11 @@ def pixel_plan(recipe: Recipe) -> NativePixels:
     """The picture rule of the recipe's model."""
     vision = recipe.model_config.vision
     rows, cols = vision.table_grid
-    return NativePixels(vision.patch_size, vision.merge, rows, cols)
+    kinds = {"native": NativePixels, "lines": LinePixels}
+    more = dict(recipe.pixels)
+    kind = more.pop("kind", "native")
+    refuse_unknown([kind], kinds, "pixels: kind")
+    return kinds[kind](vision.patch_size, vision.merge, rows, cols, **more)
 
 
 def line_pools(recipe: Recipe, held_out: bool) -> LinePools:
@@ -52,6 +59,14 @@ def line_pools(recipe: Recipe, held_out: bool) -> LinePools:
         texts=data.texts,
     )
     return LinePools(stream, pixel_plan(recipe), data.batch_size, data.pool_size, seed)
+
+
+def pages_of(recipe: Recipe, held_out: bool) -> Pages | None:
+    """Training or held-out pages of a recipe that has any."""
+    if recipe.pages is None:
+        return None
+    seed = HELD_OUT_SEED if held_out else recipe.seed
+    return Pages(recipe.pages, pixel_plan(recipe), seed, held_out)
 
 
 def read_tensors(files: tuple[str, ...]) -> dict[str, Tensor]:
@@ -78,11 +93,35 @@ def fresh_vision(recipe: Recipe) -> VisionModel:
     given = {k.removeprefix("model.vision."): v for k, v in read_tensors(recipe.init).items()}
     shapes = {k: v.shape for k, v in vision.state_dict().items()}
     found = {k: v for k, v in given.items() if k in shapes}
+    if _POSITIONS in found:
+        found[_POSITIONS] = grown(found[_POSITIONS], recipe.model_config.vision.table_grid)
     other = [k for k, v in found.items() if v.shape != shapes[k]]
     if other:
         print(f"fresh, since init has them in another shape: {', '.join(other)}", file=sys.stderr)
     vision.load_state_dict({k: v for k, v in found.items() if k not in other}, strict=False)
     return vision
+
+
+_POSITIONS = "patch_embedding.position_embedding.weight"
+
+
+def grown(table: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A table of positions with as many columns and other rows, for ``shape`` rows and columns.
+
+    A column keeps its mean over the old rows; what tells the new rows apart is a wave for every
+    feature, as large as the old rows differed. A table that fits, or has other columns, stays.
+    """
+    rows, cols = shape
+    old, odd = divmod(len(table) - 1, cols)
+    if odd or old == rows:
+        return table
+    cells = table[1:].view(old, cols, -1)
+    mean = cells.mean(0)
+    size = (cells.mean(1) - cells.mean((0, 1))).std() * 2**0.5
+    half = table.shape[1] // 2
+    angles = torch.arange(rows)[:, None] * 64.0 ** (-torch.arange(half) / half)
+    waves = torch.cat((angles.sin(), angles.cos()), 1) * size  # [rows, C]
+    return torch.cat((table[:1], (mean[None] + waves[:, None]).flatten(0, 1)))
 
 
 def take_head(reader: Reader, recipe: Recipe) -> None:
@@ -126,7 +165,9 @@ def align(recipe: Recipe, device: torch.device) -> Objective:
         embeddings=embeddings,
         pieces=CellPieces(tokenizer),
         blank=tokenizer.encode("\n")[0],
-        merge=config.vision.merge[1],
+        merge=config.vision.merge,
+        pages=pages_of(recipe, held_out=False),
+        eval_pages=pages_of(recipe, held_out=True),
         **common(recipe, device),
     )
 
@@ -146,6 +187,19 @@ def fresh_experts(recipe: Recipe) -> dict[str, Tensor]:
 
 def answer(recipe: Recipe, device: torch.device) -> Objective:
     """Stage "answer": adapter and experts (and the tower) through the frozen language model."""
+    return AnswerObjective(**through_model(recipe, device))
+
+
+def instruct(recipe: Recipe, device: torch.device) -> Objective:
+    """Stage "instruct": the same with questions about pages, and corrections of the language."""
+    pages, held_out = pages_of(recipe, held_out=False), pages_of(recipe, held_out=True)
+    if pages is None or held_out is None or not recipe.pages or not recipe.pages.turns:
+        raise ConfigError("stage 'instruct' asks about pages: give pages, with turns of 1 or more")
+    return InstructObjective(**through_model(recipe, device), pages=pages, eval_pages=held_out)
+
+
+def through_model(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What the objectives take that train through the language model."""
     config = recipe.model_config
     if config.expert_rank is None:
         raise ConfigError("stage 'answer' trains low-rank experts: set config.expert_rank")
@@ -165,18 +219,20 @@ def answer(recipe: Recipe, device: torch.device) -> Objective:
     processor = Processor(tokenizer, TEMPLATES["chatml"], pixel_plan(recipe), image_token)
     move: Any = model.to  # its stub has lost the bound self
     move(device)
-    return AnswerObjective(
-        trained=model,
-        processor=processor,
-        prompts=[Prompt.of(processor, q) for q in recipe.questions],
-        scales={"tower": recipe.tower_lr, "adapter": recipe.adapter_lr, "experts": 1.0},
-        seed=recipe.seed,
+    scales = {"tower": recipe.tower_lr, "adapter": recipe.adapter_lr, "experts": 1.0}
+    return {
+        "trained": model,
+        "processor": processor,
+        "prompts": [Prompt.of(processor, q) for q in recipe.questions],
+        "scales": {**scales, "text": recipe.text_lr},
+        "seed": recipe.seed,
         **common(recipe, device),
-    )
+    }
 
 
 STAGES: dict[str, Callable[[Recipe, torch.device], Objective]] = {
     "read": read,
     "align": align,
     "answer": answer,
+    "instruct": instruct,
 }

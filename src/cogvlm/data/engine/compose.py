@@ -26,6 +26,7 @@ class Compose:
         text_only: Chance of one more sample that has the text instead of the picture.
         pairs: Chance that two pictures come together, with questions about which is which.
         held_out: Things that are asked for and not there are held-out ones too.
+        without: Tasks that are never set.
     """
 
     turns: int = 4
@@ -33,6 +34,7 @@ class Compose:
     text_only: float = 0.05
     pairs: float = 0.08
     held_out: bool = False
+    without: frozenset[str] = frozenset()
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Item]:
         """The step: samples without turns get some; pictures may be joined in pairs."""
@@ -59,7 +61,7 @@ class Compose:
             return
         rng = sample.rng("compose")
         picture = sample.pictures[0]
-        pool = questions(picture, rng)
+        pool = [ask for ask in questions(picture, rng) if ask.task not in self.without]
         if not pool:
             raise Refused("nothing to ask")
         count = 1 + int(rng.binomial(max(0, self.turns - 1), 0.4))

@@ -151,6 +151,8 @@ def form(setting: Setting, rng: Random) -> Canvas:
     names = words.several(rng, tuple(_FIELDS), int(rng.integers(3, 9)))
     above = rng.random() < 0.4  # the name above its field, or left of it
     column = max(label.width(f"{n}:") for n in names) + em
+    if margin + (0 if above else column) + 4 * em > size[0] - margin:
+        raise Refused("too large for the page", f"fields beside names of {column} pixels")
     framed = rng.random() < 0.6
     filled = 0
     for name in names:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..lines import advances
 from .faces import opened
 from .step import Box, Fact, Piece, Truth
 
@@ -108,7 +109,10 @@ class Canvas:
                 if ink is not None:
                     x0, y0, x1, y1 = map(float, ink)
                     boxes.append((x0 + at, y0 + y, x1 + at, y1 + y))
-                    self.words.append(Piece(part, boxes[-1]))
+                    middles = (advances(part, font).mean(1) - x0) / (x1 - x0)
+                    level = -y0 / (y1 - y0)
+                    word = Piece(part, boxes[-1], middles=tuple(middles.tolist()), baseline=level)
+                    self.words.append(word)
             pen += font.getlength(part)
         box = around(boxes)
         if boxes:

@@ -33,6 +33,7 @@ class Setting:
         side: A page has about as many pixels as a square of this side.
         strength: Of damage and colour, 0 to 1.
         held_out: The side of program code that training never sees.
+        larger: Print is so many times larger, and there is less of it.
     """
 
     corpus: Corpus
@@ -40,6 +41,7 @@ class Setting:
     side: int = 448
     strength: float = 1.0
     held_out: bool = False
+    larger: float = 1.0
 
     def size(self, rng: Random, narrow: float = 0.6, wide: float = 1.6) -> tuple[int, int]:
         """Width and height of a page; its aspect between ``narrow`` and ``wide``."""
@@ -49,7 +51,8 @@ class Setting:
 
     def em(self, rng: Random, low: float = 0.027, high: float = 0.06) -> int:
         """A size of print, from shares of ``side``; small ones are likelier."""
-        return max(11, round(self.side * (low + (high - low) * rng.beta(1.2, 2.5))))
+        share = self.larger * (low + (high - low) * rng.beta(1.2, 2.5))
+        return max(11, round(self.side * share))
 
     def han(self, rng: Random, chance: float = 0.2) -> bool:
         """Whether this page is Chinese."""
@@ -265,6 +268,8 @@ def bullets(setting: Setting, rng: Random) -> Canvas:
         canvas.facts.append(Fact("item", text, str(number + 1)))
         count += 1
         y += round(em * 0.35)
+    if not count:
+        raise Refused("too large for the page", title[:40])
     canvas.facts.append(Fact("number of items", str(count)))
     canvas.caption = f'A list of {count} items, headed "{title}".'
     return canvas

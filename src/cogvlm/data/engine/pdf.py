@@ -75,7 +75,9 @@ def read_layer(page: Any, strict: bool = True) -> Layer:
 
     def end_word() -> None:
         if letters:
-            said = unicodedata.normalize("NFKC", "".join(letters)).replace("\u00ad", "-")
+            # Signs beyond 16 bits come as two halves; one without the other means nothing.
+            joined = "".join(letters).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            said = unicodedata.normalize("NFKC", joined).replace("\u00ad", "-")
             lines[-1].append(Piece(said, around(boxes)))
         letters.clear()
         boxes.clear()

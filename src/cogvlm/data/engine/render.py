@@ -51,7 +51,9 @@ class Render:
         """All that decides what is made."""
         s = self.setting
         fonts = [str(f.path) for f in (*s.faces.text, *s.faces.han)]
-        return repr((s.corpus.key, fonts, s.side, s.strength, s.held_out, self.kinds, self.seed))
+        return repr(
+            (s.corpus.key, fonts, s.side, s.strength, s.held_out, s.larger, self.kinds, self.seed)
+        )
 
     def items(self, shard: int) -> Iterator[Item]:
         """See :class:`cogvlm.data.engine.step.Maker`."""

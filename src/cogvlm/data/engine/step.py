@@ -37,6 +37,10 @@ class Piece:
     text: str
     box: Box
     role: str = "word"  # word, line, title, cell, button, field, link, bar, object, ...
+    # Of a printed word: the middles of its characters, as shares of the box's width, and of its
+    # height the place of the baseline; empty where it is not known.
+    middles: tuple[float, ...] = field(default=(), compare=False)
+    baseline: float = field(default=1.0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,272 @@
+"""A pixel plan for print: the picture is cut into its lines, and each is a strip for the tower.
+
+A tower too small for whole pages reads lines well.  So a page is straightened, its lines are found
+by where its ink is, long ones are cut between words, wide gaps are left out, and every piece becomes
+an image block of its own; between the blocks stands as text what a reader would type::
+
+    Milk         1.20        [Milk] \\t [1.20] \\n [Thank you] \\n
+    Thank you
+
+A picture that is one line stays whole, and so does one in which no line is found.  Knows nothing
+about letters.
+
+``H, W`` pixels of the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .image import NativePixels
+
+Ink = NDArray[np.bool_]  # bool[H, W]: an edge is here
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+
+_SIDE = 2048  # pixels: larger pictures are made smaller before anything is looked for
+_BLANK, _GAP, _LINE = " ", "\t", "\n"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a line: where it is in the straightened picture, and what stands behind it."""
+
+    box: Box
+    behind: str
+
+
+@dataclass(frozen=True)
+class Straight:
+    """A straightened picture and its pieces, in reading order."""
+
+    image: Image.Image
+    angle: float  # degrees that it was turned by, counter-clockwise, about its middle
+    scale: float  # of the picture before, at most 1
+    pieces: tuple[Piece, ...]
+
+    def crop(self, piece: Piece) -> Image.Image:
+        """The picture of a piece."""
+        return self.image.crop(piece.box)
+
+
+@dataclass(frozen=True)
+class LinePixels(NativePixels):
+    """Lines as strips of ``max_rows`` patches, at most ``max_cols`` long.
+
+    Attributes:
+        longest: width of a strip, in its heights; longer lines are cut between words.
+        max_strips: pieces of a picture; the rest is left out.
+    """
+
+    longest: int = 9
+    max_strips: int = 64
+
+    def cut(self, image: Image.Image) -> Straight:
+        """Straighten a picture and find its lines."""
+        scale = min(1.0, _SIDE / max(image.size))
+        if scale < 1:
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        ink = without_rules(ink_of(image))
+        angle = slant(ink)
+        if angle:
+            image = turned(image, angle)
+            ink = without_rules(ink_of(image))
+        pieces = self._pieces(ink)
+        if not pieces:
+            pieces = [Piece((0, 0, *image.size), "")]
+        return Straight(image, angle, scale, tuple(pieces[: self.max_strips]))
+
+    def _pieces(self, ink: Ink) -> list[Piece]:
+        height, width = ink.shape
+        lines = find_lines(ink)
+        if len(lines) == 1 and len(lines[0]) == 1:
+            _, y0, _, y1 = lines[0][0]
+            if height <= 2.4 * (y1 - y0) and width <= self.longest * height:
+                return []  # one line, cut out already
+        usual = [y1 - y0 for line in lines for _, y0, _, y1 in line]
+        pieces: list[Piece] = []
+        for line in lines:
+            for number, box in enumerate(line):
+                strips = list(self._strips(ink, box, usual))
+                for k, strip in enumerate(strips):
+                    last = k + 1 == len(strips)
+                    behind = _BLANK if not last else _GAP if number + 1 < len(line) else _LINE
+                    pieces.append(Piece(strip, behind))
+        return pieces
+
+    def _strips(self, ink: Ink, box: Box, usual: list[int]) -> Iterator[Box]:
+        """A box of ink with margins, cut between words where it is too long."""
+        height, width = ink.shape
+        x0, y0, x1, y1 = box
+        own = y1 - y0
+        # Letters without heads or tails are given the room that their neighbours have.
+        like = [h for h in usual if own <= h <= 1.6 * own]
+        tall = max(own, float(np.median(like)) if like else own)
+        margin = round((1.25 * tall - own) / 2)
+        top, bottom = max(0, y0 - margin), min(height, y1 + margin)
+        side = round(0.3 * tall)
+        room = self.longest * (bottom - top) - 2 * side
+        for a, b in _between_words(ink[y0:y1, x0:x1].any(0), room):
+            yield max(0, x0 + a - side), top, min(width, x0 + b + side), bottom
+
+
+# --- where the ink is --------------------------------------------------------------------------
+
+
+def ink_of(image: Image.Image) -> Ink:
+    """Where the picture's brightness jumps: print, in any colours on any smooth ground."""
+    grey = np.asarray(image.convert("L"), dtype=np.int16)
+    edge = np.zeros(grey.shape, np.int16)
+    edge[:, 1:] = np.abs(np.diff(grey, axis=1))
+    edge[1:] = np.maximum(edge[1:], np.abs(np.diff(grey, axis=0)))
+    strong = float(np.percentile(edge, 99)) if edge.size else 0.0
+    return np.asarray(edge > max(24.0, 0.3 * strong))
+
+
+def without_rules(ink: Ink) -> Ink:
+    """Ink without long straight lines: rules, frames, the edges of paper."""
+    height, width = ink.shape
+    flat = _runs(ink, max(60, round(0.15 * width)))
+    steep = _runs(ink.T, max(60, round(0.3 * height))).T
+    return ink & ~flat & ~steep
+
+
+def _runs(ink: Ink, length: int) -> Ink:
+    """What belongs to a run of at least ``length`` along a row."""
+    height, width = ink.shape
+    if length > width:
+        return np.zeros_like(ink)
+    sums = np.zeros((height, width + 1), np.int32)
+    np.cumsum(ink, axis=1, out=sums[:, 1:])
+    full = sums[:, length:] - sums[:, :-length] == length  # a run begins here
+    begun = np.zeros((height, width + 1), np.int32)
+    np.cumsum(full, axis=1, out=begun[:, 1 : full.shape[1] + 1])
+    begun[:, full.shape[1] + 1 :] = begun[:, full.shape[1]][:, None]
+    before = np.zeros_like(begun)
+    before[:, length:] = begun[:, :-length]
+    return np.asarray((begun - before)[:, 1:] > 0)
+
+
+def slant(ink: Ink, most: float = 6.0) -> float:
+    """Degrees by which lines fall to the right, 0 where they are straight or there are none.
+
+    Seen along the lines, ink is in few rows and much in each: the sum of squares is largest.
+    """
+    ys, xs = np.nonzero(ink)
+    if len(ys) < 50:
+        return 0.0
+    if len(ys) > 20_000:
+        chosen = np.linspace(0, len(ys) - 1, 20_000).astype(np.int64)
+        ys, xs = ys[chosen], xs[chosen]
+
+    def sharp(angle: float) -> float:
+        rows = np.rint(ys - xs * math.tan(math.radians(angle))).astype(np.int64)
+        return float(np.square(np.bincount(rows - rows.min()), dtype=np.float64).sum())
+
+    coarse = max(np.arange(-most, most + 0.1, 0.5), key=sharp)
+    best = float(max(np.arange(coarse - 0.4, coarse + 0.41, 0.1), key=sharp))
+    return best if abs(best) >= 0.3 and sharp(best) > 1.05 * sharp(0.0) else 0.0
+
+
+def turned(image: Image.Image, angle: float) -> Image.Image:
+    """The picture with lines that fell by ``angle`` degrees made straight; of the same size."""
+    pixels = np.asarray(image)
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    fill = tuple(int(v) for v in np.median(edge, axis=0))
+    return image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+# --- lines -------------------------------------------------------------------------------------
+
+
+def find_lines(ink: Ink) -> list[list[Box]]:
+    """The parts of every line, from top to bottom and left to right."""
+    bands = _bands(ink.sum(1))
+    lines: list[list[Box]] = []
+    for y0, y1 in bands:
+        parts = list(_parts(ink, y0, y1))
+        # Columns whose lines stand at other heights are a band together, and none of their own.
+        stacks = [_bands(ink[y0:y1, a:b].sum(1)) for a, b in parts]
+        for level in range(max(map(len, stacks), default=0)):
+            line = []
+            for (a, b), stack in zip(parts, stacks, strict=True):
+                if level < len(stack):
+                    top, bottom = y0 + stack[level][0], y0 + stack[level][1]
+                    inside = np.flatnonzero(ink[top:bottom, a:b].any(0))
+                    line.append((a + int(inside[0]), top, a + int(inside[-1]) + 1, bottom))
+            lines.append(line)
+    heights = [y1 - y0 for line in lines for _, y0, _, y1 in line]
+    if not heights:
+        return []
+    usual = float(np.median(heights))
+    kept = [[box for box in line if _is_print(box, usual)] for line in lines]
+    return [line for line in kept if line]
+
+
+def _is_print(box: Box, usual: float) -> bool:
+    """Neither a stroke nor dirt, nor the side of a frame."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    return height >= max(5.0, 0.3 * usual) and (width >= 0.15 * height or height < 1.15 * usual)
+
+
+def _bands(profile: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Runs of rows that hold ink, those of accents and dots joined to what they belong to."""
+    inked = profile[profile > 0]
+    if not len(inked):
+        return []
+    level = max(1.0, 0.06 * float(np.percentile(inked, 75)))
+    bands: list[tuple[int, int]] = []
+    for start, end in _spans(profile > level):
+        if bands:
+            before = bands[-1]
+            small, large = sorted((before[1] - before[0], end - start))
+            if start - before[1] <= max(1, 0.2 * large) and small < 0.4 * large:
+                bands[-1] = (before[0], end)
+                continue
+        bands.append((start, end))
+    return bands
+
+
+def _parts(ink: Ink, y0: int, y1: int) -> Iterator[tuple[int, int]]:
+    """Columns of a band that belong together: gaps wider than a blank divide them."""
+    spans = _spans(ink[y0:y1].any(0))
+    wide = 1.3 * (y1 - y0)
+    first = 0
+    for number in range(1, len(spans) + 1):
+        if number == len(spans) or spans[number][0] - spans[number - 1][1] > wide:
+            yield spans[first][0], spans[number - 1][1]
+            first = number
+
+
+def _between_words(columns: NDArray[np.bool_], room: float) -> Iterator[tuple[int, int]]:
+    """Pieces of a line that are no longer than ``room``, cut at its widest gaps."""
+    start, end = 0, len(columns)
+    while end - start > room:
+        gaps = [
+            (b - a, (a + b) // 2)
+            for a, b in _spans(~columns[start : start + int(room)])
+            if a > 0.35 * room
+        ]
+        # The last of the wide ones, or if there is none, wherever the strip is full.
+        widest = max((g for g, _ in gaps), default=0)
+        at = max((x for g, x in gaps if g >= 0.7 * widest), default=int(room))
+        yield start, start + at
+        start += at
+    yield start, end
+
+
+def _spans(where: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Beginnings and ends of the runs of true.
+
+    >>> _spans(np.array([False, True, True, False, True]))
+    [(1, 3), (4, 5)]
+    """
+    padded = np.concatenate(([False], where, [False]))
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,0 +1,191 @@
+"""Stage "instruct": answers to questions about pages, among lines that are read.
+
+As in stage "answer", what is quoted from a picture is spelled in the word pieces into which its cells
+cut it; everything else in the pieces of the tokenizer.  Beside experts, adapter and tower, the
+corrections of the language weights behind a picture learn (``config.text_rank``), where the model
+has them: SmolLM2 left to itself chats about a text instead of quoting it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..processor.template import ImageSlot, Plain
+from ..score import anls
+from .align import Cells, cells_of
+from .answer import AnswerObjective
+from .lines import LineBatch, Row
+from .loop import Pieces
+from .pages import Block, Page, Pages
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The line part of a step."""
+
+    index: int
+    batch: LineBatch
+    share: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A page with its conversation, and the part that it has in the loss of its step."""
+
+    page: Page
+    share: float
+
+
+@dataclass
+class InstructObjective(AnswerObjective):
+    """Cross-entropy of the answers about lines and pages, through the whole model."""
+
+    pages: Pages = field(kw_only=True)
+    eval_pages: Pages = field(kw_only=True)
+    line_share: float = 0.25  # of the lines in the loss of a step
+    eval_page_count: int = 16
+    longest: int = 1200  # tokens of a conversation; later turns are left out
+
+    def batches(self, start: int) -> Iterator[Pieces]:
+        """See :class:`cogvlm.train.loop.Objective`: a batch of lines, and some pages."""
+        count = self.pages.data.per_step
+        pages = self.pages.stream(start * count, self.pages.data.workers)
+        lines = self.train_pools.batches(start, self.workers)
+        for index, batch in enumerate(lines, start):
+            share = (1 - self.line_share) / count
+            asked = [Asked(next(pages), share) for _ in range(count)]
+            yield Pieces([Lines(index, batch, self.line_share), *asked])
+
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
+        """See :class:`cogvlm.train.loop.Objective`."""
+        if isinstance(batch, Lines):
+            loss, figures = super().loss((batch.index, batch.batch))
+            return loss * batch.share, {"lines": float(loss.detach()), **figures}
+        inputs = self.conversation(batch.page)
+        loss = self.trained(**inputs).loss
+        figures = {"pages": float(loss.detach()) / self.pages.data.per_step}
+        return loss * batch.share, {**figures, "tokens": float(inputs["input_ids"].numel())}
+
+    def conversation(self, page: Page, turns: int | None = None, answer: bool = True) -> Inputs:
+        """Arguments of the model for a page's conversation, or the first question of it alone."""
+        messages = page.sample.record().messages[: None if turns is None else 2 * turns]
+        messages = messages if answer else messages[:1]
+        ids: list[int] = []
+        types: list[int] = []
+        labels: list[int] = []
+        spelled = Spelled(page.blocks, (self.cell[0], self.cell[1]))
+        end = 0  # of the last answer that is kept
+        for segment in self.processor.template.segments(messages, answer):
+            if isinstance(segment, ImageSlot):
+                for block in page.blocks:
+                    self._show(block, ids, types)
+                labels += [-100] * (len(ids) - len(labels))
+                continue
+            if isinstance(segment, Plain) and segment.labelled:
+                new, learnt = self.spell(segment.text, spelled), True
+            else:
+                new, learnt = self.processor.words(segment), segment.labelled
+            if end and len(ids) + len(new) > self.longest:
+                break
+            ids += new
+            types += [0] * len(new)
+            labels += new if learnt else [-100] * len(new)
+            end = len(ids) if learnt else end
+        cut = end if answer else len(ids)
+        arrays = {"input_ids": ids, "token_type_ids": types}
+        if answer:
+            arrays["labels"] = labels
+        tensors: Inputs = {k: torch.tensor([v[:cut]]).to(self.device) for k, v in arrays.items()}
+        pixels = [torch.from_numpy(block.pixels).to(self.device) for block in page.blocks]
+        return {**tensors, "pixel_values": pixels}
+
+    def _show(self, block: Block, ids: list[int], types: list[int]) -> None:
+        """Put the places of a block, and the text behind it, at the end."""
+        height, width = block.pixels.shape[1:]
+        count = (height // self.cell[0]) * (width // self.cell[1]) + 2
+        behind = self.processor.tokenizer.encode(block.behind) if block.behind else []
+        ids += [self.processor.image_token_id] * count + behind
+        types += [1] * count + [0] * len(behind)
+
+    def spell(self, text: str, spelled: Spelled) -> list[int]:
+        """Ids of an answer: words that stand on the page as its cells cut them."""
+        ids: list[int] = []
+        for number, line in enumerate(text.split("\n")):
+            ids += self.processor.tokenizer.encode("\n") if number else []
+            plain = ""  # gathered until a quoted word comes
+            for place, word in enumerate(line.split(" ")):
+                parts = spelled.parts(word)
+                blank = " " if place else ""
+                if parts is None:
+                    plain += blank + word
+                    continue
+                ids += self.processor.tokenizer.encode(plain) if plain else []
+                plain = ""
+                for part in (blank, *parts):
+                    ids += self.pieces(part) if part else []
+            ids += self.processor.tokenizer.encode(plain) if plain else []
+        return ids
+
+    def evaluate(self) -> dict[str, float]:
+        """Lines as in stage "answer"; loss, and the first answer's ANLS, of pages held out."""
+        figures = {f"line_{k}": v for k, v in super().evaluate().items()}
+        losses, scores, exact = [], [], 0
+        for index in range(self.eval_page_count):
+            page = self.eval_pages[index]
+            losses.append(float(self.trained(**self.conversation(page)).loss.detach()))
+            question, truth = (turn.text for turn in page.sample.turns[:2])
+            said = self.ask(page)
+            print(f"  {question!r}: {truth!r} -> {said!r}")
+            scores.append(anls(said, [truth]))
+            exact += said.strip() == truth.strip()
+        count = self.eval_page_count
+        mean = {"loss": sum(losses) / count, "anls": sum(scores) / count, "exact": exact / count}
+        return {**figures, **mean}
+
+    def ask(self, page: Page, most: int = 64) -> str:
+        """The greedy answer to the first question about a page."""
+        inputs = self.conversation(page, answer=False)
+        model: Any = self.trained  # the stub of generate takes itself twice
+        out: Tensor = model.generate(
+            **inputs, max_new_tokens=most, do_sample=False, eos_token_id=self.end
+        )
+        return self.processor.decode(out[0, inputs["input_ids"].shape[1] :].tolist()).strip()
+
+
+class Spelled:
+    """The words of a page, as its cells cut them."""
+
+    def __init__(self, blocks: tuple[Block, ...], cell: tuple[int, int]) -> None:
+        self.known: dict[str, list[str]] = {}
+        for block in blocks:
+            height, width = block.pixels.shape[1:]
+            for row in block.rows:
+                self._learn(row, (height // cell[0], width // cell[1]), cell)
+
+    def _learn(self, row: Row, shape: tuple[int, int], cell: tuple[int, int]) -> None:
+        start = 0
+        for word in row.text.split(" "):
+            own = Row(word, row.points[start : start + len(word)])
+            cells: Cells = cells_of((own,), shape, cell)
+            if "".join(cells.values()) == word:
+                self.known.setdefault(word, list(cells.values()))
+            start += len(word) + 1
+
+    def parts(self, word: str) -> list[str] | None:
+        """The cut of a word; none if it does not stand there.
+
+        A stop or a quotation mark around it need not stand there.
+        """
+        found = self.known.get(word)
+        if found is None and (bare := word.strip("\"'.,;:?!")):
+            found = self.known.get(bare)
+            before, _, after = word.partition(bare)
+            found = found and [*([before] * bool(before)), *found, *([after] * bool(after))]
+        return found

@@ -1,0 +1,102 @@
+"""Pictures cut into their lines: drawn print, tilted, on rules, in columns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from cogvlm.errors import ConfigError
+from cogvlm.processor.image import pixels_from_dict
+from cogvlm.processor.lines import LinePixels, find_lines, ink_of, slant, without_rules
+
+PLAN = LinePixels(14, (4, 1), 4, 64)
+FONT = ImageFont.load_default(28)
+
+
+def drawn(*texts: tuple[int, int, str], size: tuple[int, int] = (640, 320)) -> Image.Image:
+    image = Image.new("RGB", size, (235, 230, 220))
+    draw = ImageDraw.Draw(image)
+    for x, y, text in texts:
+        draw.text((x, y), text, fill=(40, 30, 60), font=FONT)
+    return image
+
+
+def spoken(plan: LinePixels, image: Image.Image) -> str:
+    """What stands between the pieces, a piece as its place from the left in hundreds of pixels."""
+    pieces = plan.cut(image).pieces
+    return "".join(f"{round(p.box[0] / 100)}{p.behind}" for p in pieces)
+
+
+def test_lines_gaps_and_long_lines_are_told_apart() -> None:
+    image = drawn(
+        (20, 20, "Milk"), (500, 20, "1.20"), (20, 90, "Bread"), (500, 90, "2.40"),
+        (20, 160, "A line that is far too long to be a single strip"),
+    )  # fmt: skip
+    said = spoken(PLAN, image)
+    assert said.startswith("0\t5\n0\t5\n0 ") and said.count("\n") == 3
+    long = [p.box for p in PLAN.cut(image).pieces[4:]]
+    assert len(long) > 1 and all(b[2] - b[0] <= 9 * (b[3] - b[1]) for b in long)
+
+
+def test_all_ink_is_in_some_piece() -> None:
+    image = drawn((20, 20, "gypsy Quay, jog"), (40, 100, "over one summer"))
+    ink = ink_of(image)
+    for x0, y0, x1, y1 in (p.box for p in PLAN.cut(image).pieces):
+        ink[y0:y1, x0:x1] = False
+    assert not ink.any()
+
+
+def test_a_line_cut_out_of_its_page_stays_whole() -> None:
+    image = drawn((6, 4, "one line alone"), size=(220, 44))
+    (piece,) = PLAN.cut(image).pieces
+    assert piece.box == (0, 0, 220, 44) and piece.behind == ""
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_picture_without_print_stays_whole(value: int) -> None:
+    image = Image.new("RGB", (120, 90), (value,) * 3)
+    (piece,) = PLAN.cut(image).pieces
+    assert piece.box == (0, 0, 120, 90)
+    (piece,) = PLAN.cut(Image.new("RGB", (1, 1))).pieces
+    assert piece.box == (0, 0, 1, 1)
+
+
+def test_noise_gives_at_most_so_many_pieces() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (900, 300, 3)).astype(np.uint8)
+    pieces = LinePixels(14, (4, 1), 4, 64, max_strips=5).cut(Image.fromarray(noise)).pieces
+    assert 1 <= len(pieces) <= 5
+
+
+@pytest.mark.parametrize("angle", [-4.0, -1.0, 2.5])
+def test_tilted_lines_are_straightened(angle: float) -> None:
+    rows = [(60, 60 + 50 * i, "Straight lines of print, all") for i in range(4)]
+    image = drawn(*rows).rotate(-angle, fillcolor=(235, 230, 220))
+    assert slant(without_rules(ink_of(image))) == pytest.approx(angle, abs=0.31)
+    straight = PLAN.cut(image)
+    assert straight.angle == pytest.approx(angle, abs=0.31)
+    assert sum(p.behind == "\n" for p in straight.pieces) == 4
+
+
+def test_rules_and_frames_are_no_lines() -> None:
+    image = drawn((30, 24, "Name"), (30, 124, "Place"))
+    draw = ImageDraw.Draw(image)
+    draw.line((10, 80, 630, 80), fill=(0, 0, 0), width=2)
+    draw.rectangle((300, 20, 600, 60), outline=(90, 90, 90))
+    lines = find_lines(without_rules(ink_of(image)))
+    assert [len(line) for line in lines] == [1, 1]
+
+
+def test_large_pictures_are_made_smaller_first() -> None:
+    straight = PLAN.cut(Image.new("RGB", (4096, 30)))
+    assert straight.image.size == (2048, 15) and straight.scale == 0.5
+
+
+def test_the_plan_of_a_file() -> None:
+    values = {"kind": "lines", "merge": [4, 1], "max_cols": 64, "longest": 8}
+    plan = pixels_from_dict(values, "here", {"lines": LinePixels})
+    assert plan == LinePixels(14, (4, 1), 4, 64, longest=8)
+    with pytest.raises(ConfigError, match="kind 'lines' is not known"):
+        pixels_from_dict(values, "here")
+    with pytest.raises(ConfigError, match="max_strips is 0"):
+        LinePixels(max_strips=0)

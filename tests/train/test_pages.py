@@ -1,0 +1,251 @@
+"""Pages as training pictures: points, cells, conversations spelled as they are cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cogvlm.config import preset
+from cogvlm.data.engine.step import Picture, Piece, Sample, Truth, Turn
+from cogvlm.errors import ConfigError
+from cogvlm.processor import Processor
+from cogvlm.processor.image import NativePixels
+from cogvlm.processor.template import TEMPLATES
+from cogvlm.train.align import AlignObjective, CellPieces, ReaderWithAdapter, cells_of
+from cogvlm.train.answer import Prompt
+from cogvlm.train.instruct import InstructObjective, Spelled
+from cogvlm.train.lines import Row, Sheet
+from cogvlm.train.loop import Loop, Schedule
+from cogvlm.train.pages import Block, Page, PageData, Pages, rows_of
+from cogvlm.train.read import decode_columns
+from cogvlm.train.recipe import load
+from cogvlm.train.stages import grown
+from fakes import toy_model
+from train.bars import Bytes, common
+
+PLAN = NativePixels(14, (2, 1), 8, 12, max_scale=1.0, min_rows=2)
+CONFIG = {"grid": "native", "max_rows": 8, "max_cols": 12, "num_positions": 97}
+
+
+def words(y: float, *texts: str, gap: float = 6.0) -> list[Piece]:
+    """Words of 10 pixels a character, 14 high and 4 more where they have tails."""
+    out, x = [], 8.0
+    for text in texts:
+        tail = 4.0 * any(c in "gjpqy" for c in text)
+        out.append(Piece(text, (x, y - 14, x + 10 * len(text), y + tail)))
+        x += 10 * len(text) + gap
+    return out
+
+
+def truth(*lines: list[Piece]) -> Truth:
+    rows = tuple(Piece(" ".join(w.text for w in line), (0, 0, 1, 1), "line") for line in lines)
+    return Truth("", tuple(w for line in lines for w in line), rows)
+
+
+def test_points_of_a_line_are_level_whatever_its_letters() -> None:
+    (row,) = rows_of(truth(words(40, "Bad", "dog", "Apply")))
+    assert row.text == "Bad dog Apply"
+    assert np.ptp(row.points[:, 1]) < 1.5 and 34 < row.points[0, 1] < 40
+    assert (np.diff(row.points[:, 0]) > 0).all()
+    assert 8 < row.points[0, 0] < 18
+
+
+def test_a_tilted_line_keeps_its_slope() -> None:
+    tilted = [
+        replace(w, box=(w.box[0], w.box[1] + w.box[0] / 10, w.box[2], w.box[3] + w.box[0] / 10))
+        for w in words(40, "HERE", "STAND", "WORDS", "ALONG")
+    ]
+    (row,) = rows_of(truth(tilted))
+    slope = np.polyfit(row.points[:, 0], row.points[:, 1], 1)[0]
+    assert slope == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_wide_gap_parts_a_line_and_a_table_has_bars_that_nobody_sees() -> None:
+    line = words(40, "Milk", "1.20", gap=60.0)
+    bars = Truth("", tuple(line), (Piece("Milk | 1.20", (0, 0, 1, 1), "row"),))
+    for known in (truth(line), bars, Truth("", tuple(line))):
+        assert [row.text for row in rows_of(known)] == ["Milk", "1.20"]
+
+
+def page(*lines: list[Piece], turns: tuple[Turn, ...] = ()) -> Page:
+    known = truth(*lines)
+    noise = np.random.default_rng(0).integers(0, 255, (84, 112, 3)).astype(np.uint8)
+    picture = Picture.of(Image.fromarray(noise), known)  # so that every cell looks different
+    sample = Sample("a", "list", "made-up", "CC0-1.0", (picture,), turns, seed=1)
+    return Pages(PageData(trim=0.0), PLAN, 0, False).page(sample)
+
+
+def test_a_page_keeps_its_size_and_its_points() -> None:
+    made = page(words(26, "ab"), words(54, "cd"))
+    assert made.blocks[0].pixels.shape == (3, 84, 112)
+    cells = cells_of(made.blocks[0].rows, (3, 8), (28, 14))
+    assert cells == {(0, 0): "a", (0, 1): "b", (1, 0): "c", (1, 1): "d"}
+
+
+def test_trimming_moves_points_with_the_picture() -> None:
+    whole = page(words(40, "ab"))
+    pages = Pages(PageData(trim=1.0), PLAN, 0, False)
+    cut = pages.page(whole.sample)
+    x0, y0, x1, y1 = pages.frame(whole.sample, np.random.default_rng((1, 2)))
+    assert (x0, y0) != (0, 0) or (x1, y1) != (112, 84)
+    height, width = cut.blocks[0].pixels.shape[1:]
+    stretch = width / (x1 - x0), height / (y1 - y0)
+    expected = (whole.blocks[0].rows[0].points - [x0, y0]) * stretch
+    np.testing.assert_allclose(cut.blocks[0].rows[0].points, expected, atol=1e-3)
+
+
+def test_small_pictures_are_enlarged_to_the_least_rows_only() -> None:
+    assert PLAN.grid(40, 14) == (2, 6)  # twice as large
+    assert PLAN.grid(84, 56) == (4, 6)  # as it is
+    assert PLAN.grid(1680, 1120) == (8, 12)
+    with pytest.raises(ConfigError, match="max_scale is 0"):
+        NativePixels(max_scale=0)
+
+
+def align() -> AlignObjective:
+    model = toy_model(vision_config=CONFIG | {"adapter_merge": [2, 1]})
+    return AlignObjective(
+        trained=ReaderWithAdapter(model.model.vision, 48),
+        patch=14,
+        embeddings=model.model.embed_tokens.weight.detach(),
+        pieces=CellPieces(Bytes()),
+        blank=10,
+        merge=(2, 1),
+        **common(),  # type: ignore[arg-type]
+    )
+
+
+def test_align_learns_pages_row_by_row() -> None:
+    torch.manual_seed(0)
+    objective = align()
+    made = page(words(26, "ab"), words(54, "cd", "e", gap=16.0))
+    (block,) = made.blocks
+    sheet = Sheet(block.pixels[None], [block.rows], 0.5)
+    assert decode_columns(objective.row_labels(sheet)[0].numpy()) == ["ab", "cd e", ""]
+    places, spelled = objective.targets(sheet)
+    assert len(places) == len(spelled) == 6
+    loss, _ = objective.loss(sheet)
+    whole, _ = objective.loss(replace(sheet, share=1.0))
+    assert float(loss.detach()) == pytest.approx(0.5 * float(whole.detach()), rel=0.2)
+    optimizer = torch.optim.AdamW(objective.trained.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        objective.loss(sheet)[0].backward()
+        optimizer.step()
+    assert objective.loss(sheet)[1]["piece_accuracy"] == 0.5  # all of its share
+    (pair,) = objective.read_out(sheet)
+    assert pair == ("ab\ncd e", "ab\ncd e")
+
+
+def test_positions_grow_by_rows() -> None:
+    table = torch.randn(1 + 4 * 6, 8)
+    more = grown(table, (10, 6))
+    assert more.shape == (61, 8) and torch.equal(more[0], table[0])
+    cells = more[1:].view(10, 6, 8)
+    own = cells - table[1:].view(4, 6, 8).mean(0)
+    torch.testing.assert_close(own, own[:, :1].expand_as(own))  # a row is the same in all columns
+    assert torch.pdist(own[:, 0]).min() > 0.01
+    assert grown(table, (4, 6)) is table and grown(table, (4, 7)) is table
+
+
+def instruct() -> InstructObjective:
+    model = toy_model(
+        vision_config=CONFIG | {"adapter_merge": [2, 1]}, expert_rank=4, text_rank=4,
+        image_positions="flat", template_version="chatml",
+    )  # fmt: skip
+    processor = Processor(Bytes(), TEMPLATES["chatml"], PLAN, 3)
+    pages = Fixed(PageData(turns=2, per_step=2), PLAN, 0, False)
+    return InstructObjective(
+        trained=model,
+        processor=processor,
+        prompts=[Prompt.of(processor, "What?")],
+        scales={"tower": 0.0, "adapter": 1.0, "experts": 1.0, "text": 1.0},
+        seed=0,
+        pages=pages,
+        eval_pages=pages,
+        eval_page_count=2,
+        **common(),  # type: ignore[arg-type]
+    )
+
+
+class Fixed(Pages):
+    """The same page for ever."""
+
+    def __getitem__(self, index: int) -> Page:
+        turns = (
+            Turn("user", "<image>\nFirst?"),
+            Turn("assistant", "ab"),
+            Turn("user", "All?"),
+            Turn("assistant", "ab\ncd e."),
+        )
+        return page(words(26, "ab"), words(54, "cd", "e", gap=16.0), turns=turns)
+
+
+def test_conversations_are_the_processors_own_but_for_the_spelling() -> None:
+    objective = instruct()
+    made = objective.pages[0]
+    ours = objective.conversation(made)
+    theirs = objective.processor.encode(made.sample.record().messages, train=True)
+    # Cells of one character each, so the pieces are the same.
+    assert ours["input_ids"][0].tolist() == theirs.input_ids.tolist()
+    assert ours["token_type_ids"][0].tolist() == theirs.token_type_ids.tolist()
+    assert theirs.labels is not None and ours["labels"][0].tolist() == theirs.labels.tolist()
+    asked = objective.conversation(made, answer=False)["input_ids"]
+    first = objective.processor.encode(made.sample.record().messages[:1])
+    assert asked[0].tolist() == first.input_ids.tolist()
+    objective.longest = asked.shape[1] + 4
+    short = objective.conversation(made)["labels"]
+    assert [i for i in short[0].tolist() if i >= 0] == [ord("a"), ord("b"), 2]
+
+
+def test_words_are_spelled_as_they_are_cut() -> None:
+    points = np.array([[3, 5], [9, 5], [17, 5], [24, 5], [30, 5]], np.float32)
+    block = Block(np.zeros((3, 28, 42), np.float32), (Row("the a", points),))
+    spelled = Spelled((block,), (28, 14))
+    assert spelled.parts("the") == ["th", "e"]
+    assert spelled.parts('"the",') == ['"', "th", "e", '",']
+    assert (
+        spelled.parts("other") is None and spelled.parts("") is None and spelled.parts("!") is None
+    )
+
+
+def test_instruct_trains_text_corrections_and_leaves_the_language_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    objective = instruct()
+    before = {k: v.clone() for k, v in objective.trained.state_dict().items()}
+    first = objective.evaluate()["loss"]
+    plan = Schedule(steps=12, lr=5e-3, warmup=2, log_every=5, eval_every=99, save_every=99)
+    Loop(objective, plan, tmp_path).run()
+    assert objective.evaluate()["loss"] < 0.7 * first
+    after = objective.trained.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert any("vision_expert_text_dense" in k for k in changed)
+    assert not any("language" in k or "embed" in k for k in changed if "patch" not in k)
+
+
+def test_a_recipe_with_pages(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("stage: align\nschedule: {steps: 2}\npages: {turns: 2, kinds: list}\n")
+    made = load(path)
+    assert made.pages == PageData(turns=2, kinds="list")  # type: ignore[union-attr]
+    path.write_text("stage: align\nschedule: {steps: 2}\npages: {per_step: 0}\n")
+    with pytest.raises(ConfigError, match="per_step is 0"):
+        load(path)
+
+
+def test_pages_are_a_function_of_their_number() -> None:
+    data = PageData(kinds="list,sign", turns=2, strength=0.2)
+    plan = NativePixels(14, (2, 1), 48, 64, max_patches=1024, max_scale=1.0, min_rows=4)
+    first, again = Pages(data, plan, 3, False), Pages(data, plan, 3, False)
+    a, b = first[5], again[5]
+    assert np.array_equal(a.blocks[0].pixels, b.blocks[0].pixels)
+    assert a.sample.turns == b.sample.turns
+    assert a.blocks[0].rows and all(row.text.isascii() for row in a.blocks[0].rows)
+    assert a.sample.id != first[6].sample.id
+    vision = preset("nano").vision
+    assert a.blocks[0].pixels.shape[1] % vision.patch_size == 0
