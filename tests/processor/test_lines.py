@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from cogvlm.data.sft.check import measure_with
+from cogvlm.data.sft.record import Record
 from cogvlm.errors import ConfigError
+from cogvlm.processor import Processor, assistant, user
 from cogvlm.processor.image import pixels_from_dict
 from cogvlm.processor.lines import LinePixels, find_lines, ink_of, slant, without_rules
+from cogvlm.processor.template import TEMPLATES
+from train.bars import Bytes
 
 PLAN = LinePixels(14, (4, 1), 4, 64)
 FONT = ImageFont.load_default(28)
@@ -90,6 +95,22 @@ def test_rules_and_frames_are_no_lines() -> None:
 def test_large_pictures_are_made_smaller_first() -> None:
     straight = PLAN.cut(Image.new("RGB", (4096, 30)))
     assert straight.image.size == (2048, 15) and straight.scale == 0.5
+
+
+def test_a_page_is_encoded_line_by_line() -> None:
+    page = drawn((20, 20, "Milk"), (500, 20, "1.20"), (20, 90, "Thank you"))
+    processor = Processor(Bytes(), TEMPLATES["chatml"], PLAN, 3)
+    messages = (user(page, "All?"), assistant("Milk"))
+    encoded = processor.encode(messages, train=True)
+    types = encoded.token_type_ids
+    edges = np.flatnonzero(np.diff(types, prepend=0, append=0))
+    blocks = list(zip(edges[::2], edges[1::2], strict=True))
+    sizes = [PLAN.tokens(*(side // 14 for side in p.shape[1:])) for p in encoded.pixel_values]
+    assert [b - a for a, b in blocks] == sizes and len(blocks) == 3
+    behind = [encoded.input_ids[b] for _, b in blocks]
+    assert behind == [ord("\t"), ord("\n"), ord("\n")]
+    length = measure_with(processor)(Record(messages, "a", "b", "c"), [page.size])
+    assert (length.all, length.visual) == (len(types), int((types == 1).sum()))
 
 
 def test_the_plan_of_a_file() -> None:

@@ -211,15 +211,14 @@ class Processor:
             )
 
     def _expand(self, segments: Sequence[Segment]) -> Iterator[Segment]:
-        """For a video model, the frames of every film, numbered where its plan says so; a picture is
-        a film of one frame there.  For one that reads lines, the pieces of every picture.
+        """For a video model, the frames of every film, numbered where its plan says so; a picture
+        is a film of one frame there.  For one that reads lines, the pieces of every picture.
         """
         for segment in segments:
             if isinstance(segment, ImageSlot) and isinstance(self.pixels, LinePixels):
-                straight = self.pixels.cut(self._image(segment))
-                for piece in straight.pieces:
-                    yield ImageSlot(Image(straight.crop(piece)))
-                    yield from [Plain(piece.behind)] if piece.behind else []
+                for piece, behind in self.parts(self._image(segment)):
+                    yield ImageSlot(Image(piece))
+                    yield from [Plain(behind)] if behind else []
                 continue
             if self.video is None or not isinstance(segment, ImageSlot):
                 yield segment
@@ -228,6 +227,15 @@ class Processor:
                 yield ImageSlot(frame)
                 if self.video.numbered:
                     yield Plain(str(i))
+
+    def parts(self, image: PILImage.Image) -> list[tuple[PILImage.Image, str]]:
+        """The pictures that an RGB picture is to the model, each with the text that follows it:
+        itself, or its lines for a model that reads lines.
+        """
+        if not isinstance(self.pixels, LinePixels):
+            return [(image, "")]
+        straight = self.pixels.cut(image)
+        return [(straight.crop(piece), piece.behind) for piece in straight.pieces]
 
     def _frames(self, shown: Image | Video, plan: VideoPlan) -> list[Image]:
         if isinstance(shown, Image):

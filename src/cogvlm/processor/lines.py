@@ -1,8 +1,8 @@
 """A pixel plan for print: the picture is cut into its lines, and each is a strip for the tower.
 
 A tower too small for whole pages reads lines well.  So a page is straightened, its lines are found
-by where its ink is, long ones are cut between words, wide gaps are left out, and every piece becomes
-an image block of its own; between the blocks stands as text what a reader would type::
+by where its ink is, long ones are cut between words, wide gaps are left out, and every piece
+becomes an image block of its own; between blocks stands as text what a reader would type::
 
     Milk         1.20        [Milk] \\t [1.20] \\n [Thank you] \\n
     Thank you

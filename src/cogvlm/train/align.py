@@ -1,15 +1,15 @@
 """Stage "align": the adapter learns to speak in the language model's own embeddings.
 
-Still without the language model in the loop.  An image token covers a cell of the picture: nano's
-two rows of one patch, 28 by 14 pixels (``merge: [2, 1]``), about one character; the family's two rows
-of two.  Its target is the (frozen) embedding of the word piece that spells the characters whose
-points (just above the baseline) lie in it, or the mean of several.  Cells without a character have
-the embedding of a newline::
+Still without the language model in the loop.  An image token covers a cell of the picture: nano's a
+column of all four patch rows of a line, 14 pixels wide (``merge: [4, 1]``), about one character;
+the family's two rows and columns.  Its target is the (frozen) embedding of the word piece that
+spells the characters whose points (just above the baseline) lie in it, or the mean of several.
+Cells without a character have the embedding of a newline::
 
-    picture   | | | | | | | | |      cells: one column of patches, two rows
-              |T|h|e| |c|a|t| |
-    targets   \\n\\n\\n\\n\\n\\n\\n\\n
-               T h e _ c a t \\n     embeddings of these pieces
+    picture   |T|h|e| |c|a|t| |      cells, one column of patches each
+    targets    T h e _ c a t \\n     embeddings of these pieces
+
+The lines may stand on pages (``pages`` in the recipe), whose rows of cells are told apart.
 
 A token must be nearer to its target than to any other short word piece, or a doubtful one would
 settle between several and mean none: the loss is the cross-entropy of the pieces by distance, and

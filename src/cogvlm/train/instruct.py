@@ -1,9 +1,9 @@
 """Stage "instruct": answers to questions about pages, among lines that are read.
 
-As in stage "answer", what is quoted from a picture is spelled in the word pieces into which its cells
-cut it; everything else in the pieces of the tokenizer.  Beside experts, adapter and tower, the
-corrections of the language weights behind a picture learn (``config.text_rank``), where the model
-has them: SmolLM2 left to itself chats about a text instead of quoting it.
+As in stage "answer", what is quoted from a picture is spelled in the word pieces into which its
+cells cut it; everything else in the pieces of the tokenizer.  Beside experts, adapter and tower,
+the corrections of the language weights behind a picture learn (``config.text_rank``), where the
+model has them: SmolLM2 left to itself chats about a text instead of quoting it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from ..data.sft.check import measure_with, size_of
 from ..errors import CogVLMError, InputError, ResourceError
 from ..hub import SMOLLM2, language_model, language_model_ready, resolve
 from ..processor import FastTokenizer, Image, Processor, SquarePixels, open_tokenizer
+from ..processor.image import load_image
+from ..processor.lines import LinePixels
 from ..processor.tokenizer import read_json
 from .recipe import TuneRecipe
 
@@ -84,9 +86,13 @@ def look(recipe: TuneRecipe) -> Rows | str:
 
 
 def _row(processor: Processor, record: Record) -> Row:
-    sizes = [size_of(shown, False) for shown in record.visuals if isinstance(shown, Image)]
+    shown = [v for v in record.visuals if isinstance(v, Image)]
+    sizes = [size_of(image, False) for image in shown]
     length = measure_with(processor)(record, sizes)
     films = len(record.visuals) - len(sizes)
+    if isinstance(processor.pixels, LinePixels):
+        pictures = [load_image(image.source, processor.limits) for image in shown]
+        sizes = [part.size for picture in pictures for part, _ in processor.parts(picture)]
     frames = processor.video.frames if films and processor.video is not None else 0
     grids = [processor.pixels.grid(*size) for size in sizes + [(1, 1)] * bool(films)]
     largest = max(grids, key=lambda grid: processor.pixels.tokens(*grid), default=None)

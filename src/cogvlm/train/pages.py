@@ -1,9 +1,9 @@
 """Pages of the data engine as training pictures: where every character stands.
 
 The engine knows a box for every word, and of what it printed itself the middle of each character
-and the baseline; elsewhere the usual widths of letters must do.  A character's point lies just above
-the baseline, on a straight line through the feet of all words of its line: a line of print that
-stands straight stays in one row of cells.
+and the baseline; elsewhere the usual widths of letters must do.  A character's point lies just
+above the baseline, on a straight line through the feet of all words of its line: a line of print
+that stands straight stays in one row of cells.
 
 Page ``i`` is a pure function of the settings and ``i``.
 """
