@@ -112,7 +112,7 @@ class LinePixels(NativePixels):
         top, bottom = max(0, y0 - margin), min(height, y1 + margin)
         side = round(0.3 * tall)
         room = self.longest * (bottom - top) - 2 * side
-        for a, b in _between_words(ink[y0:y1, x0:x1].any(0), room):
+        for a, b in _between_words(_columns(ink[y0:y1, x0:x1]), room):
             yield max(0, x0 + a - side), top, min(width, x0 + b + side), bottom
 
 
@@ -134,7 +134,7 @@ def without_rules(ink: Ink) -> Ink:
     height, width = ink.shape
     flat = _runs(ink, max(60, round(0.15 * width)))
     steep = _runs(ink.T, max(60, round(0.3 * height))).T
-    return ink & ~flat & ~steep
+    return np.asarray(ink & ~flat & ~steep)
 
 
 def _runs(ink: Ink, length: int) -> Ink:
@@ -198,7 +198,7 @@ def find_lines(ink: Ink) -> list[list[Box]]:
             for (a, b), stack in zip(parts, stacks, strict=True):
                 if level < len(stack):
                     top, bottom = y0 + stack[level][0], y0 + stack[level][1]
-                    inside = np.flatnonzero(ink[top:bottom, a:b].any(0))
+                    inside = np.flatnonzero(_columns(ink[top:bottom, a:b]))
                     line.append((a + int(inside[0]), top, a + int(inside[-1]) + 1, bottom))
             lines.append(line)
     heights = [y1 - y0 for line in lines for _, y0, _, y1 in line]
@@ -235,7 +235,7 @@ def _bands(profile: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 def _parts(ink: Ink, y0: int, y1: int) -> Iterator[tuple[int, int]]:
     """Columns of a band that belong together: gaps wider than a blank divide them."""
-    spans = _spans(ink[y0:y1].any(0))
+    spans = _spans(_columns(ink[y0:y1]))
     wide = 1.3 * (y1 - y0)
     first = 0
     for number in range(1, len(spans) + 1):
@@ -259,6 +259,11 @@ def _between_words(columns: NDArray[np.bool_], room: float) -> Iterator[tuple[in
         yield start, start + at
         start += at
     yield start, end
+
+
+def _columns(ink: Ink) -> NDArray[np.bool_]:
+    """Which columns hold ink."""
+    return np.asarray(ink.any(axis=0))
 
 
 def _spans(where: NDArray[np.bool_]) -> list[tuple[int, int]]:

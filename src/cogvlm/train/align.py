@@ -229,8 +229,8 @@ class AlignObjective(ReadObjective):
         few = empty[torch.randperm(len(empty))[: len(places)]]
         shares = torch.zeros(len(places) + len(few), len(self.rivals))
         for i, ids in enumerate(spelled):
-            for piece in ids:
-                shares[i, piece] += 1 / len(ids)
+            for rival in ids:
+                shares[i, rival] += 1 / len(ids)
         shares[len(places) :, self.rival[self.blank]] = 1.0
         shares = shares.to(self.device)
         found = grid[tuple(torch.cat((places, few)).T)]  # [cells, D]
@@ -240,8 +240,8 @@ class AlignObjective(ReadObjective):
         rest = grid[~said.to(grid.device)] - self.embeddings[self.blank]
         below = rest.square().mean() / self.scale if len(rest) else near.new_zeros(())
         right = names.argmax(-1) == shares.argmax(-1)
-        figures = {"piece": piece, "distance": near}
-        figures["piece_accuracy"] = right[: len(places)].float().mean()
+        accuracy = right[: len(places)].float().mean()
+        figures = {"piece": piece, "distance": near, "piece_accuracy": accuracy}
         return 0.2 * piece + near + 0.1 * below, figures
 
     def evaluate(self) -> dict[str, float]:

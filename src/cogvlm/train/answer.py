@@ -76,7 +76,7 @@ class AnswerObjective:
             return self.scales["text"]
         return self.scales["adapter" if name.startswith("model.vision.") else "experts"]
 
-    def batches(self, start: int) -> Iterator[tuple[int, LineBatch]]:
+    def batches(self, start: int) -> Iterator[Any]:
         """See :class:`cogvlm.train.loop.Objective`."""
         yield from enumerate(self.train_pools.batches(start, self.workers), start)
 

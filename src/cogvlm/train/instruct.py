@@ -143,7 +143,7 @@ class InstructObjective(AnswerObjective):
             question, truth = (turn.text for turn in page.sample.turns[:2])
             said = self.ask(page)
             print(f"  {question!r}: {truth!r} -> {said!r}")
-            scores.append(anls(said, [truth]))
+            scores.append(anls(said, (truth,)))
             exact += said.strip() == truth.strip()
         count = self.eval_page_count
         mean = {"loss": sum(losses) / count, "anls": sum(scores) / count, "exact": exact / count}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class ReadObjective:
     workers: int = 1
     eval_count: int = 2  # pools of held-out lines an evaluation reads
 
-    def batches(self, start: int) -> Iterator[LineBatch]:
+    def batches(self, start: int) -> Iterator[Any]:
         """See :class:`cogvlm.train.loop.Objective`."""
         return self.train_pools.batches(start, self.workers)
 
@@ -108,7 +109,7 @@ class ReadObjective:
         cols = batch.pixels.shape[-1] // self.patch
         return torch.from_numpy(column_labels(batch.texts, batch.centers, cols, self.patch))
 
-    def loss(self, batch: LineBatch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """See :class:`cogvlm.train.loop.Objective`."""
         logits = self.trained(torch.from_numpy(batch.pixels).to(self.device))
         labels = self.labels(batch).to(self.device)
