@@ -24,7 +24,7 @@ from cogvlm.train.loop import Loop, Schedule
 from cogvlm.train.pages import Block, Page, PageData, Pages, rows_of
 from cogvlm.train.read import decode_columns
 from cogvlm.train.recipe import load
-from cogvlm.train.stages import grown
+from cogvlm.train.stages import grown, pixel_plan
 from fakes import toy_model
 from train.bars import Bytes, common
 
@@ -233,6 +233,10 @@ def test_a_recipe_with_pages(tmp_path: Path) -> None:
     path.write_text("stage: align\nschedule: {steps: 2}\npages: {turns: 2, kinds: list}\n")
     made = load(path)
     assert made.pages == PageData(turns=2, kinds="list")  # type: ignore[union-attr]
+    for pixels, said in (("{kind: square}", "kind 'square'"), ("{longer: 2}", "'longer'")):
+        path.write_text(f"stage: align\nschedule: {{steps: 2}}\npixels: {pixels}\n")
+        with pytest.raises(ConfigError, match=f"pixels: .*{said}"):
+            pixel_plan(load(path))  # type: ignore[arg-type]
     path.write_text("stage: align\nschedule: {steps: 2}\npages: {per_step: 0}\n")
     with pytest.raises(ConfigError, match="per_step is 0"):
         load(path)

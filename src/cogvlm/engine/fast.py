@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..linear import FEW, Product, QuantisedLinear
 from ..models.cogvlm import CogVLMForCausalLM, CogVLMModel
-from ..models.language import DecoderLayer, LowRank, RMSNorm
+from ..models.language import DecoderLayer, LowRank, RMSNorm, spoken
 from .slots import View
 
 
@@ -140,7 +140,7 @@ class _Layer:
     ) -> Tensor:
         """``float[b, D]`` -> the same shape."""
         heads, kv, width = self.attn.heads, self.attn.kv_heads, self.attn.head_dim
-        qkv = _spoken(_norm(self.norms[0], x), self.qkv, self.behind_qkv, behind)
+        qkv = spoken(_norm(self.norms[0], x), self.qkv, self.behind_qkv, behind)
         qkv = qkv.view(len(x), heads + 2 * kv, width)
         turned, value = qkv[:, : heads + kv], qkv[:, heads + kv :]
         turned = turned * cos + turned.roll(width // 2, dims=-1) * sin
@@ -148,19 +148,12 @@ class _Layer:
         # Heads that share keys stand where tokens of a sequence do otherwise: no copies of keys.
         query = turned[:, :heads].unflatten(1, (kv, -1))  # [b, K, H / K, d]
         mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=self.attn.scaling)
-        return _spoken(mixed.flatten(1), self.dense, self.behind_dense, behind)
+        return spoken(mixed.flatten(1), self.dense, self.behind_dense, behind)
 
     def mlp(self, x: Tensor) -> Tensor:
         """``float[b, D]`` -> the same shape."""
         x = _norm(self.norms[1], x)
         return self.down(self.activation(self.gate(x)) * self.up(x))
-
-
-def _spoken(x: Tensor, product: Any, low: LowRank | None, behind: Tensor | None) -> Tensor:
-    """As ``language.spoken``."""
-    if low is None or behind is None:
-        return product(x)  # type: ignore[no-any-return]
-    return low(x, product, behind)  # type: ignore[no-any-return]
 
 
 def _bare(module: nn.Module) -> Product:

@@ -11,6 +11,7 @@ the released ones).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -101,7 +102,9 @@ class LowRank(nn.Module):
         self.lora_A = nn.Linear(width_in, rank, bias=False)
         self.lora_B = ZeroLinear(rank, width_out, bias=bias)
 
-    def forward(self, x: Tensor, base: nn.Module, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, base: Callable[[Tensor], Tensor], where: Tensor | None = None
+    ) -> Tensor:
         """``base(x) + B(A(x))``; the correction times ``where``, ``float[T, 1]``, if given."""
         low = self.lora_A(x)
         return base(x) + self.lora_B(low if where is None else low * where)  # type: ignore[no-any-return]
@@ -128,20 +131,25 @@ def routed(
     """
     n_language = route.n_language
     if expert is None or n_language == len(x):
-        return spoken(x, route, language, text)
+        return spoken(x, language, text, route.behind)
     vision = x[n_language:]
     low_rank = isinstance(expert, LowRank | LowRankMLP)
     seen: Tensor = expert(vision, language) if low_rank else expert(vision)
     if n_language == 0:
         return seen
-    return torch.cat((spoken(x[:n_language], route, language, text), seen))
+    return torch.cat((spoken(x[:n_language], language, text, route.behind), seen))
 
 
-def spoken(x: Tensor, route: Route, language: nn.Module, text: LowRank | None) -> Tensor:
-    """Language tokens ``[T, ...]``; with no picture in sight through the language layer alone."""
-    if text is None or route.behind is None:
-        return language(x)  # type: ignore[no-any-return]
-    return text(x, language, route.behind)  # type: ignore[no-any-return]
+def spoken(
+    x: Tensor, language: Callable[[Tensor], Tensor], text: LowRank | None, behind: Tensor | None
+) -> Tensor:
+    """Language tokens ``[T, ...]``; with no picture in sight through the language layer alone.
+
+    ``behind`` is that of :class:`Route`.
+    """
+    if text is None or behind is None:
+        return language(x)
+    return text(x, language, behind)  # type: ignore[no-any-return]
 
 
 @dataclass

@@ -216,9 +216,11 @@ class Processor:
         """
         for segment in segments:
             if isinstance(segment, ImageSlot) and isinstance(self.pixels, LinePixels):
-                for piece, behind in self.parts(self._image(segment)):
-                    yield ImageSlot(Image(piece))
-                    yield from [Plain(behind)] if behind else []
+                straight = self.pixels.cut(self._image(segment))
+                for piece in straight.pieces:
+                    yield ImageSlot(Image(straight.crop(piece)))
+                    if piece.behind:
+                        yield Plain(piece.behind)
                 continue
             if self.video is None or not isinstance(segment, ImageSlot):
                 yield segment
@@ -227,15 +229,6 @@ class Processor:
                 yield ImageSlot(frame)
                 if self.video.numbered:
                     yield Plain(str(i))
-
-    def parts(self, image: PILImage.Image) -> list[tuple[PILImage.Image, str]]:
-        """The pictures that an RGB picture is to the model, each with the text that follows it:
-        itself, or its lines for a model that reads lines.
-        """
-        if not isinstance(self.pixels, LinePixels):
-            return [(image, "")]
-        straight = self.pixels.cut(image)
-        return [(straight.crop(piece), piece.behind) for piece in straight.pieces]
 
     def _frames(self, shown: Image | Video, plan: VideoPlan) -> list[Image]:
         if isinstance(shown, Image):

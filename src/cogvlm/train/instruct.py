@@ -73,9 +73,9 @@ class InstructObjective(AnswerObjective):
         figures = {"pages": float(loss.detach()) / self.pages.data.per_step}
         return loss * batch.share, {**figures, "tokens": float(inputs["input_ids"].numel())}
 
-    def conversation(self, page: Page, turns: int | None = None, answer: bool = True) -> Inputs:
+    def conversation(self, page: Page, answer: bool = True) -> Inputs:
         """Arguments of the model for a page's conversation, or the first question of it alone."""
-        messages = page.sample.record().messages[: None if turns is None else 2 * turns]
+        messages = page.sample.record().messages
         messages = messages if answer else messages[:1]
         ids: list[int] = []
         types: list[int] = []

@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import median_high
 
 from ..data.sft import Mix, Record
-from ..data.sft.check import measure_with, size_of
+from ..data.sft.check import length_of, measure_with, size_of
 from ..errors import CogVLMError, InputError, ResourceError
 from ..hub import SMOLLM2, language_model, language_model_ready, resolve
 from ..processor import FastTokenizer, Image, Processor, SquarePixels, open_tokenizer
-from ..processor.image import load_image
 from ..processor.lines import LinePixels
 from ..processor.tokenizer import read_json
 from .recipe import TuneRecipe
@@ -87,12 +86,14 @@ def look(recipe: TuneRecipe) -> Rows | str:
 
 def _row(processor: Processor, record: Record) -> Row:
     shown = [v for v in record.visuals if isinstance(v, Image)]
-    sizes = [size_of(image, False) for image in shown]
-    length = measure_with(processor)(record, sizes)
-    films = len(record.visuals) - len(sizes)
-    if isinstance(processor.pixels, LinePixels):
-        pictures = [load_image(image.source, processor.limits) for image in shown]
-        sizes = [part.size for picture in pictures for part, _ in processor.parts(picture)]
+    films = len(record.visuals) - len(shown)
+    if isinstance(processor.pixels, LinePixels):  # the strips are known once they are cut
+        encoded = processor.encode(record.messages, train=True)
+        sizes = [(pixels.shape[2], pixels.shape[1]) for pixels in encoded.pixel_values]
+        length = length_of(encoded)
+    else:
+        sizes = [size_of(image, False) for image in shown]
+        length = measure_with(processor)(record, sizes)
     frames = processor.video.frames if films and processor.video is not None else 0
     grids = [processor.pixels.grid(*size) for size in sizes + [(1, 1)] * bool(films)]
     largest = max(grids, key=lambda grid: processor.pixels.tokens(*grid), default=None)

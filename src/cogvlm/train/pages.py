@@ -45,7 +45,6 @@ class PageData:
     side: int = 448  # pixels: a page has about as many as a square of this side
     larger: float = 1.7  # print, against the engine's own
     strength: float = 0.4  # of the damage, 0 to 1
-    scale: tuple[float, float] = (1.0, 1.0)  # drawn for each page: pixels it is given for its own
     trim: float = 0.8  # chance that empty margins are mostly cut off
     turns: int = 0  # most questions about a page; 0: none are asked
     without: tuple[str, ...] = ()  # tasks that are never set, see data/engine/questions.py
@@ -57,8 +56,6 @@ class PageData:
     def __post_init__(self) -> None:
         if self.per_step < 1:
             raise ConfigError(f"pages: per_step is {self.per_step}; give 1 or more")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ConfigError(f"pages: scale is {self.scale}; give [low, high], above 0")
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,6 @@ class Pages(Dataset[Page]):
 
     def __getitem__(self, index: int) -> Page:
         """Page ``index``; what cannot be spelled in ASCII is passed over."""
-        rng = np.random.default_rng((self.seed, index, 1))
         items: Iterable[Item] = self.maker.items(index)
         if self.data.turns:
             ask = Compose(
@@ -113,11 +109,11 @@ class Pages(Dataset[Page]):
             items = ask(items)
         for item in items:
             if isinstance(item, Sample) and all(w.text.isascii() for w in truth_of(item).words):
-                return self.page(item, float(rng.uniform(*self.data.scale)))
+                return self.page(item)
         raise AssertionError("the maker is endless")
 
-    def page(self, sample: Sample, scale: float = 1.0) -> Page:
-        """A sample of one picture as the plan takes it, ``scale`` times its own size at most."""
+    def page(self, sample: Sample) -> Page:
+        """A sample of one picture as the plan takes it."""
         image = sample.pictures[0].open()
         x0, y0, x1, y1 = self.frame(sample, np.random.default_rng((sample.seed, 2)))
         image = image.crop((x0, y0, x1, y1))
@@ -125,7 +121,7 @@ class Pages(Dataset[Page]):
         rows = [Row(r.text, r.points - move) for r in rows_of(truth_of(sample))]
         if isinstance(self.plan, LinePixels):
             return Page(sample, tuple(_strips(self.plan, image, rows)))
-        return Page(sample, (_block(replace(self.plan, max_scale=scale), image, rows),))
+        return Page(sample, (_block(self.plan, image, rows),))
 
     def frame(self, sample: Sample, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """The part of a picture that is shown: all, or what is printed with some of the margin."""

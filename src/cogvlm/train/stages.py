@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..data.render import HELD_OUT_SEED, line_stream
-from ..errors import ConfigError, refuse_unknown
+from ..errors import ConfigError
 from ..hub import language_model
 from ..load import compose, language_tensors
 from ..models.build import skeleton
 from ..models.checkpoint import is_vision, read_safetensors
 from ..models.vision import VisionModel
 from ..processor import Processor
-from ..processor.image import NativePixels
+from ..processor.image import NativePixels, pixels_from_dict
 from ..processor.lines import LinePixels
 from ..processor.template import TEMPLATES
 from ..processor.tokenizer import FastTokenizer
@@ -31,6 +31,7 @@ from .pages import Pages
 from .read import Reader, ReadObjective
 from .recipe import Recipe
 
+_POSITIONS = "patch_embedding.position_embedding.weight"  # of the tower
 IMAGE_TOKEN = "<empty_output>"  # of SmolLM2, unused in text; its embedding is replaced
 
 
@@ -38,11 +39,13 @@ def pixel_plan(recipe: Recipe) -> NativePixels:
     """The picture rule of the recipe's model."""
     vision = recipe.model_config.vision
     rows, cols = vision.table_grid
-    kinds = {"native": NativePixels, "lines": LinePixels}
-    more = dict(recipe.pixels)
-    kind = more.pop("kind", "native")
-    refuse_unknown([kind], kinds, "pixels: kind")
-    return kinds[kind](vision.patch_size, vision.merge, rows, cols, **more)
+    usual = {"kind": "native", "patch": vision.patch_size, "merge": vision.merge}
+    values = {**usual, "max_rows": rows, "max_cols": cols, **recipe.pixels}
+    if values["kind"] == "square":
+        raise ConfigError("recipe: pixels: kind 'square' has no lines; give native or lines")
+    plan = pixels_from_dict(values, "recipe: pixels", {"lines": LinePixels})
+    assert isinstance(plan, NativePixels)
+    return plan
 
 
 def line_pools(recipe: Recipe, held_out: bool) -> LinePools:
@@ -61,12 +64,15 @@ def line_pools(recipe: Recipe, held_out: bool) -> LinePools:
     return LinePools(stream, pixel_plan(recipe), data.batch_size, data.pool_size, seed)
 
 
-def pages_of(recipe: Recipe, held_out: bool) -> Pages | None:
-    """Training or held-out pages of a recipe that has any."""
+def pages(recipe: Recipe) -> dict[str, Any]:
+    """Training and held-out pages of a recipe that has any."""
     if recipe.pages is None:
-        return None
-    seed = HELD_OUT_SEED if held_out else recipe.seed
-    return Pages(recipe.pages, pixel_plan(recipe), seed, held_out)
+        return {}
+    plan = pixel_plan(recipe)
+    return {
+        "pages": Pages(recipe.pages, plan, recipe.seed, held_out=False),
+        "eval_pages": Pages(recipe.pages, plan, HELD_OUT_SEED, held_out=True),
+    }
 
 
 def read_tensors(files: tuple[str, ...]) -> dict[str, Tensor]:
@@ -100,9 +106,6 @@ def fresh_vision(recipe: Recipe) -> VisionModel:
         print(f"fresh, since init has them in another shape: {', '.join(other)}", file=sys.stderr)
     vision.load_state_dict({k: v for k, v in found.items() if k not in other}, strict=False)
     return vision
-
-
-_POSITIONS = "patch_embedding.position_embedding.weight"
 
 
 def grown(table: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -166,8 +169,7 @@ def align(recipe: Recipe, device: torch.device) -> Objective:
         pieces=CellPieces(tokenizer),
         blank=tokenizer.encode("\n")[0],
         merge=config.vision.merge,
-        pages=pages_of(recipe, held_out=False),
-        eval_pages=pages_of(recipe, held_out=True),
+        **pages(recipe),
         **common(recipe, device),
     )
 
@@ -192,10 +194,9 @@ def answer(recipe: Recipe, device: torch.device) -> Objective:
 
 def instruct(recipe: Recipe, device: torch.device) -> Objective:
     """Stage "instruct": the same with questions about pages, and corrections of the language."""
-    pages, held_out = pages_of(recipe, held_out=False), pages_of(recipe, held_out=True)
-    if pages is None or held_out is None or not recipe.pages or not recipe.pages.turns:
+    if recipe.pages is None or not recipe.pages.turns:
         raise ConfigError("stage 'instruct' asks about pages: give pages, with turns of 1 or more")
-    return InstructObjective(**through_model(recipe, device), pages=pages, eval_pages=held_out)
+    return InstructObjective(**through_model(recipe, device), **pages(recipe))
 
 
 def through_model(recipe: Recipe, device: torch.device) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .record import Record, RecordError
 from .sources import Source
 
 if TYPE_CHECKING:
-    from ...processor import Processor
+    from ...processor import Encoded, Processor
 
 Size = tuple[int, int]
 """Width and height of a picture, in pixels."""
@@ -251,25 +251,20 @@ def _count(report: Report, record: Record, sizes: Sequence[Size], length: Length
 
 
 def measure_with(processor: Processor) -> Measure:
-    """Count tokens as ``processor.encode(..., train=True)`` would, without reading a pixel where
-    the model does not cut pictures into lines.
+    """Count tokens as ``processor.encode(..., train=True)`` would, without reading a pixel; by it
+    where pictures are cut into lines.
 
     A video counts as many frames as its model takes at most.
     """
-    from ...processor.image import load_image
     from ...processor.lines import LinePixels
     from ...processor.template import BOS, ImageSlot, Plain
 
+    if isinstance(processor.pixels, LinePixels):
+        return lambda record, _: length_of(processor.encode(record.messages, train=True))
     words, plan = processor.tokenizer, processor.video
-    cuts = isinstance(processor.pixels, LinePixels)
 
     def block(size: Size) -> int:
         return processor.pixels.tokens(*processor.pixels.grid(*size))
-
-    def cut(image: Image) -> tuple[int, int]:
-        parts = processor.parts(load_image(image.source, processor.limits))
-        behind = sum(len(words.encode(said)) for _, said in parts if said)
-        return sum(block(part.size) for part, _ in parts), behind
 
     def measure(record: Record, sizes: Sequence[Size]) -> Length:
         left = iter(sizes)
@@ -278,10 +273,6 @@ def measure_with(processor: Processor) -> Measure:
         for segment in processor.template.segments(record.messages, True):
             if isinstance(segment, ImageSlot):
                 film = isinstance(segment.image, Video)
-                if cuts and isinstance(segment.image, Image):
-                    seen, said = cut(segment.image)
-                    visual, text, shown = visual + seen, text + said, shown + 1
-                    continue
                 if film and plan is None:
                     raise InputError("a video, and this model takes pictures only")
                 frames = plan.frames if film and plan is not None else 1
@@ -301,6 +292,12 @@ def measure_with(processor: Processor) -> Measure:
         return Length(text + visual, visual, answers)
 
     return measure
+
+
+def length_of(row: Encoded) -> Length:
+    """Tokens of an encoded record."""
+    learnt = 0 if row.labels is None else int((row.labels >= 0).sum())
+    return Length(len(row.input_ids), int((row.token_type_ids == 1).sum()), learnt)
 
 
 # --- for people --------------------------------------------------------------------------------
