@@ -41,7 +41,7 @@ def test_lines_gaps_and_long_lines_are_told_apart() -> None:
     said = spoken(PLAN, image)
     assert said.startswith("0\t5\n0\t5\n0 ") and said.count("\n") == 3
     long = [p.box for p in PLAN.cut(image).pieces[4:]]
-    assert len(long) > 1 and all(b[2] - b[0] <= 9 * (b[3] - b[1]) for b in long)
+    assert len(long) > 1 and all(b[2] - b[0] <= PLAN.longest * (b[3] - b[1]) for b in long)
 
 
 def test_all_ink_is_in_some_piece() -> None:
@@ -56,6 +56,27 @@ def test_a_line_cut_out_of_its_page_stays_whole() -> None:
     image = drawn((6, 4, "one line alone"), size=(220, 44))
     (piece,) = PLAN.cut(image).pieces
     assert piece.box == (0, 0, 220, 44) and piece.behind == ""
+    image = drawn((6, 4, "a line as long as a strip can be, whole"), size=(520, 40))
+    (piece,) = PLAN.cut(image).pieces
+    assert piece.box == (0, 0, 520, 40)
+
+
+def test_dots_far_above_belong_to_their_line() -> None:
+    ink = np.zeros((68, 79), np.bool_)
+    ink[28:50, 10:50] = np.arange(40) % 4 == 0  # strokes of letters
+    ink[16:21, 20:23] = True  # the dot of a slanted i
+    assert find_lines(ink) == [[(10, 16, 47, 50)]]
+
+
+def test_an_arrow_does_not_join_two_boxes() -> None:
+    ink = np.zeros((200, 80), np.bool_)
+    for top in (20, 120):
+        ink[top : top + 60, 10:70] = np.arange(60) % 4 == 0
+    ink[81:119, 40:42] = True
+    assert [(y0, y1) for ((_, y0, _, y1),) in find_lines(ink) if y1 - y0 > 50] == [
+        (20, 80),
+        (120, 180),
+    ]
 
 
 @pytest.mark.parametrize("value", [0, 255])

@@ -63,7 +63,7 @@ class LinePixels(NativePixels):
         max_strips: pieces of a picture; the rest is left out.
     """
 
-    longest: int = 9
+    longest: int = 12
     max_strips: int = 64
 
     def cut(self, image: Image.Image) -> Straight:
@@ -87,7 +87,7 @@ class LinePixels(NativePixels):
         lines = find_lines(ink)
         if len(lines) == 1 and len(lines[0]) == 1:
             _, y0, _, y1 = lines[0][0]
-            if height <= 2.4 * (y1 - y0) and width <= self.longest * height:
+            if height <= 2.4 * (y1 - y0) and width * self.max_rows <= self.max_cols * height:
                 return []  # one line, cut out already
         usual = [y1 - y0 for line in lines for _, y0, _, y1 in line]
         pieces: list[Piece] = []
@@ -220,17 +220,28 @@ def _bands(profile: NDArray[np.int64]) -> list[tuple[int, int]]:
     inked = profile[profile > 0]
     if not len(inked):
         return []
-    level = max(1.0, 0.06 * float(np.percentile(inked, 75)))
+    usual = float(np.percentile(inked, 75))
+    level = max(1.0, min(2.0, 0.15 * usual), 0.06 * usual)  # a stroke alone has two edges
     bands: list[tuple[int, int]] = []
-    for start, end in _spans(profile > level):
-        if bands:
-            before = bands[-1]
-            small, large = sorted((before[1] - before[0], end - start))
-            if start - before[1] <= max(1, 0.2 * large) and small < 0.4 * large:
-                bands[-1] = (before[0], end)
-                continue
-        bands.append((start, end))
+    for band in _spans(profile > level):
+        if bands and _belong(profile, bands[-1], band):
+            bands[-1] = (bands[-1][0], band[1])
+        else:
+            bands.append(band)
     return bands
+
+
+def _belong(profile: NDArray[np.int64], upper: tuple[int, int], lower: tuple[int, int]) -> bool:
+    """Whether one of two neighbours is low and near, or next to nothing and not far.
+
+    Dots and heads of slanted letters are so; an arrow between two boxes is high for its ink.
+    """
+    small, large = sorted(b - a for a, b in (upper, lower))
+    little, much = sorted(int(profile[a:b].sum()) for a, b in (upper, lower))
+    gap = lower[0] - upper[1]
+    return (gap <= max(1, 0.2 * large) and small < 0.4 * large) or (
+        gap <= 0.4 * large and little * small < 0.03 * much * large
+    )
 
 
 def _parts(ink: Ink, y0: int, y1: int) -> Iterator[tuple[int, int]]:
