@@ -15,6 +15,8 @@ from .questions import Ask, about, questions
 from .step import Each, Item, Picture, Random, Refused, Reject, Sample, Turn
 from .wording import ABSENT, FULL, SHORT
 
+_ALL = ("read", "table", "code", "latex")  # tasks whose answer is everything that is printed
+
 
 @dataclass(frozen=True)
 class Compose:
@@ -71,6 +73,8 @@ class Compose:
             and (no := _absent(picture, rng, self.held_out)) is not None
         ):
             chosen.append(no)
+        # All of the text comes last: whatever is asked after it could be answered from it.
+        chosen.sort(key=lambda ask: ask.task in _ALL)
         yield _with_turns(sample, chosen, rng, "<image>\n")
         if rng.random() < self.text_only and (text := _text_only(sample, rng)) is not None:
             yield text

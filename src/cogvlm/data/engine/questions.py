@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from . import words
 from .step import Box, Fact, Picture, Piece, Random
-from .wording import ASK
+from .wording import ASK, YES_NO
 
 LONGEST = 1200  # characters of an answer
 _NAMED = ("button", "field", "link", "bar", "slice", "object", "box")
@@ -111,9 +111,9 @@ def _read_part(picture: Picture, rng: Random) -> list[Ask]:
     truth, pool = picture.truth, []
     lines = [p for p in truth.lines if p.role in ("line", "title", "code", "row")]
     if len(lines) > 2:
-        first, last = lines[0], lines[-1]
-        pool.append(Ask("read a line", "What is the first line?", first.text))
-        pool.append(Ask("read a line", "What is the last line?", last.text))
+        for name, line in (("first", lines[0]), ("second", lines[1]), ("last", lines[-1])):
+            full = f'The {name} line is "{line.text}".'
+            pool.append(Ask("read a line", f"What is the {name} line?", line.text, full))
         line = words.pick(rng, lines)
         pool.append(
             Ask(
@@ -122,6 +122,7 @@ def _read_part(picture: Picture, rng: Random) -> list[Ask]:
                 line.text,
             )
         )
+    pool += _about_words([word for line in lines for word in line.text.split()], rng)
     once = _once(truth.words)
     if len(once) > 4:
         word = words.pick(rng, once)
@@ -133,6 +134,30 @@ def _read_part(picture: Picture, rng: Random) -> list[Ask]:
             )
         )
     return pool
+
+
+def _about_words(text: list[str], rng: Random) -> list[Ask]:
+    """Questions about the words of a running text: its ends, neighbours, what is in it."""
+    if len(text) < 4:
+        return []
+    pool = [
+        Ask("read a word", f"What is the {name} word?", word, f'The {name} word is "{word}".')
+        for name, word in (("first", text[0]), ("last", text[-1]))
+    ]
+    counts = Counter(text)
+    once = [i for i, word in enumerate(text) if counts[word] == 1 and word.isalnum()]
+    for side, step in (("after", 1), ("before", -1)):
+        known = [i for i in once if 0 <= i + step < len(text) and text[i + step].isalnum()]
+        if known:
+            i = words.pick(rng, known)
+            word, found = text[i], text[i + step]
+            question = f'Which word comes {side} "{word}"?'
+            pool.append(Ask("next word", question, found, f'"{found}" comes {side} "{word}".'))
+    there = bool(rng.random() < 0.5)
+    word = text[words.pick(rng, once)] if there and once else words.pick(rng, words.COMMON)
+    there = any(word.lower() in other.lower() for other in text)
+    question = f'Is the word "{word}" in the picture?{YES_NO}'
+    return [*pool, Ask("word there", question, "yes" if there else "no")]
 
 
 def _read_at(piece: Piece, picture: Picture, rng: Random) -> Ask:

@@ -25,6 +25,9 @@ ASK = {
 SHORT = (" Short answer.", " Answer in a few words.", " Give the value only.", "", "")
 """Cues of questions that are answered with a word or a number."""
 
+YES_NO = " Answer yes or no."
+"""Cue of questions that are answered so."""
+
 FULL = (" Answer in a sentence.", " Answer in full.")
 """Cues of questions that are answered with a sentence."""
 

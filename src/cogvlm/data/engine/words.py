@@ -106,6 +106,18 @@ SIGNS = listed(
     wash, Taxi
     """
 )
+COMMON = listed(
+    """
+    about, above, after, again, answer, before, below, between, body, bring, build, carry,
+    change, clear, common, country, early, enough, error, every, example, family, figure,
+    follow, given, great, group, hand, history, house, idea, important, information, kind,
+    language, large, later, letter, light, list, little, measure, might, money, morning, most,
+    name, never, number, object, often, order, other, paper, part, people, place, point, power,
+    problem, question, reason, result, return, right, second, several, simple, small, special,
+    state, story, string, system, table, their, there, thing, think, under, until, value, water,
+    where, which, while, without, word, world, write, year
+    """
+)
 ZH_SIGNS = listed(
     """
     出口, 入口, 禁止停车, 小心地滑, 请勿吸烟, 洗手间, 售票处, 欢迎光临, 营业中,
