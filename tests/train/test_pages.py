@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from cogvlm.config import preset
 from cogvlm.data.engine.step import Picture, Piece, Sample, Truth, Turn
@@ -18,6 +19,7 @@ from cogvlm.processor.image import NativePixels
 from cogvlm.processor.template import TEMPLATES
 from cogvlm.train.align import AlignObjective, CellPieces, ReaderWithAdapter, cells_of
 from cogvlm.train.answer import Prompt
+from cogvlm.train.distributed import World
 from cogvlm.train.instruct import InstructObjective, Spelled
 from cogvlm.train.lines import Row, Sheet
 from cogvlm.train.loop import Loop, Schedule
@@ -201,6 +203,27 @@ def test_conversations_are_the_processors_own_but_for_the_spelling() -> None:
     objective.longest = asked.shape[1] + 4
     short = objective.conversation(made)["labels"]
     assert [i for i in short[0].tolist() if i >= 0] == [ord("a"), ord("b"), 2]
+
+
+def test_processes_divide_a_step() -> None:
+    torch.manual_seed(0)
+    objective = instruct()
+
+    def gradient(rank: int, size: int) -> tuple[dict[str, Tensor], int]:
+        objective.world = World(rank, size)
+        objective.trained.zero_grad()
+        pieces = next(objective.batches(0)).pieces
+        for piece in pieces:
+            objective.loss(piece)[0].backward()
+        found = {k: p.grad for k, p in objective.trained.named_parameters() if p.grad is not None}
+        return {k: grad.clone() for k, grad in found.items()}, len(pieces)
+
+    whole, count = gradient(0, 1)
+    (first, some), (second, others) = gradient(0, 2), gradient(1, 2)
+    assert count == 3 and sorted((some, others)) == [1, 2]
+    assert any(grad.abs().max() > 1e-4 for grad in whole.values())
+    for name, grad in whole.items():
+        torch.testing.assert_close(first[name] + second[name], grad, atol=1e-6, rtol=1e-4)
 
 
 def test_words_are_spelled_as_they_are_cut() -> None:

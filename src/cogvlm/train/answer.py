@@ -6,7 +6,7 @@ the picture's cells cut it into (see :mod:`cogvlm.train.align`), so that reading
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class AnswerObjective:
     eval_count: int = 1
 
     def __post_init__(self) -> None:
+        self.forward: Callable[..., Any] = self.trained  # as it is called in training
         config: CogVLMConfig = self.trained.config
         self.cell = [config.vision.patch_size * patches for patches in config.vision.merge]
         self.pieces = CellPieces(self.processor.tokenizer)
@@ -113,7 +114,7 @@ class AnswerObjective:
         index, lines = batch
         choice = int(np.random.default_rng((self.seed, index)).integers(len(self.prompts)))
         inputs = self.inputs(lines, self.prompts[choice], answers=True)
-        loss = self.trained(**inputs).loss
+        loss = self.forward(**inputs).loss
         return loss, {"tokens": float(inputs["input_ids"].numel())}
 
     def evaluate(self) -> dict[str, float]:

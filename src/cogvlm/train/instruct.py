@@ -8,7 +8,7 @@ model has them: SmolLM2 left to itself chats about a text instead of quoting it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,13 @@ from ..processor.template import ImageSlot, Plain
 from ..score import anls
 from .align import Cells, cells_of
 from .answer import AnswerObjective
+from .distributed import World
 from .lines import LineBatch, Row
 from .loop import Pieces
 from .pages import Block, Page, Pages
 
 Inputs = dict[str, Any]
+LINE = 40  # tokens of a line and its answer, about
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,22 @@ class Lines:
 
 @dataclass(frozen=True)
 class Asked:
-    """A page with its conversation, and the part that it has in the loss of its step."""
+    """A conversation about a page, and the part that it has in the loss of its step."""
 
-    page: Page
+    inputs: Inputs
     share: float
+
+
+def dealt(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of ``sizes`` in ``count`` hands of about equal sums, none empty where enough are.
+
+    >>> dealt([3, 9, 4, 2], 2)
+    [[1], [2, 0, 3]]
+    """
+    hands: list[list[int]] = [[] for _ in range(count)]
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        min(hands, key=lambda hand: sum(sizes[i] for i in hand)).append(index)
+    return hands
 
 
 @dataclass
@@ -52,26 +66,33 @@ class InstructObjective(AnswerObjective):
     line_share: float = 0.25  # of the lines in the loss of a step
     eval_page_count: int = 16
     longest: int = 1200  # tokens of a conversation; later turns are left out
+    world: World = field(default_factory=World)  # the processes that divide a step
 
     def batches(self, start: int) -> Iterator[Pieces]:
-        """See :class:`cogvlm.train.loop.Objective`: a batch of lines, and some pages."""
+        """See :class:`cogvlm.train.loop.Objective`: lines and pages, this process's part.
+
+        Every process draws all, so that they agree who takes which; that is cheap beside the
+        model.
+        """
         count = self.pages.data.per_step
         pages = self.pages.stream(start * count, self.pages.data.workers)
         lines = self.train_pools.batches(start, self.workers)
         for index, batch in enumerate(lines, start):
             share = (1 - self.line_share) / count
-            asked = [Asked(next(pages), share) for _ in range(count)]
-            yield Pieces([Lines(index, batch, self.line_share), *asked])
+            asked = [Asked(self.conversation(next(pages)), share) for _ in range(count)]
+            pieces: list[Lines | Asked] = [Lines(index, batch, self.line_share), *asked]
+            sizes = [len(batch.texts) * LINE, *(a.inputs["input_ids"].numel() for a in asked)]
+            mine = dealt(sizes, self.world.size)[self.world.rank]
+            yield Pieces([pieces[i] for i in mine])
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """See :class:`cogvlm.train.loop.Objective`."""
         if isinstance(batch, Lines):
             loss, figures = super().loss((batch.index, batch.batch))
             return loss * batch.share, {"lines": float(loss.detach()), **figures}
-        inputs = self.conversation(batch.page)
-        loss = self.trained(**inputs).loss
+        loss = self.forward(**batch.inputs).loss
         figures = {"pages": float(loss.detach()) / self.pages.data.per_step}
-        return loss * batch.share, {**figures, "tokens": float(inputs["input_ids"].numel())}
+        return loss * batch.share, {**figures, "tokens": float(batch.inputs["input_ids"].numel())}
 
     def conversation(self, page: Page, answer: bool = True) -> Inputs:
         """Arguments of the model for a page's conversation, or the first question of it alone."""

@@ -13,6 +13,7 @@ from . import log
 from . import recipe as recipes
 from .compute import Compute
 from .distributed import Shared, World, own_device, processes, share, started
+from .instruct import InstructObjective
 from .loop import Loop, Objective, Placed
 from .stages import STAGES
 from .tune import TuneObjective, compute, tune
@@ -36,14 +37,18 @@ def objective(recipe: recipes.Recipe | recipes.TuneRecipe, world: World | None =
     return STAGES[recipe.stage](recipe, pick(recipe.device))
 
 
+def _enough(count: int, what: str, processes: int) -> None:
+    """Refuse processes that would have nothing to do in a step."""
+    if count < processes:
+        raise ConfigError(
+            f"a step of {count} {what} for {processes} processes; give each one at least"
+        )
+
+
 def _check(recipe: recipes.TuneRecipe, processes: int) -> None:
     """Refuse what several processes cannot do."""
     rows = recipe.batch_size * recipe.accumulate
-    if rows < processes:
-        raise ConfigError(
-            f"a step of {rows} rows (batch_size times accumulate) for {processes} processes; give "
-            "each one at least"
-        )
+    _enough(rows, "rows (batch_size times accumulate)", processes)
     if recipe.image_loss:
         raise ConfigError("image_loss is for one process; leave it out, or torchrun")
     if recipe.compile:
@@ -69,6 +74,10 @@ def prepare(
         made.forward, made.apart = shared.forward, shared.apart
         if world.first:
             trackers = log.trackers(recipe.track, out, recipe.name)
+    elif isinstance(made, InstructObjective):
+        _enough(made.pages.data.per_step + 1, "parts (pages.per_step, and lines)", world.size)
+        shared = share(made.trained, "ddp", world, "fp32")
+        made.forward, made.world = shared.forward, world
     return Loop(made, recipe.schedule, out, recipe.seed, numbers, trackers, shared)
 
 
@@ -83,7 +92,7 @@ def run(path: Path, overrides: list[str], out: Path | None, resume: bool) -> Pat
         ResourceError: another process has ended.
     """
     recipe = recipes.load(path, overrides)
-    if started() > 1 and not isinstance(recipe, recipes.TuneRecipe):
+    if started() > 1 and recipe.stage not in ("instruct", "tune"):
         raise ConfigError(
             f"stage {recipe.stage!r} trains in one process; start it without torchrun"
         )
