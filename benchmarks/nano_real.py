@@ -31,9 +31,9 @@ from PIL import Image
 
 from cogvlm.data.engine.ink import around
 from cogvlm.data.engine.pdf import Layer, open_pdf, read_layer, truth_of
-from cogvlm.data.engine.questions import place
 from cogvlm.data.engine.screens import browser_path
 from cogvlm.data.engine.step import Box, Piece, Random, Refused
+from cogvlm.processor.lines import place
 
 ROOT = Path(__file__).parents[1]
 CUTS = Path(__file__).with_name("nano_cuts.json")

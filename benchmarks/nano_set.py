@@ -33,9 +33,10 @@ from cogvlm.data.engine.corpus import read_corpus
 from cogvlm.data.engine.faces import find_faces
 from cogvlm.data.engine.objects import things
 from cogvlm.data.engine.pages import Setting
-from cogvlm.data.engine.questions import Ask, place, questions
+from cogvlm.data.engine.questions import Ask, questions
 from cogvlm.data.engine.render import Render, choose_kinds
 from cogvlm.data.engine.step import Picture, Random, Sample
+from cogvlm.processor.lines import place
 
 ROOT = Path(__file__).parents[1]
 FROZEN = ("documents", "pictures")  # under examples/

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from cogvlm.data.engine.compose import Compose
-from cogvlm.data.engine.questions import about, place, questions
+from cogvlm.data.engine.questions import about, questions
 from cogvlm.data.engine.step import Fact, Item, Picture, Piece, Reject, Sample, Truth
 from cogvlm.data.sft.record import check_turns
+from cogvlm.processor.lines import place
 from data.engine_parts import dot
 
 
@@ -62,6 +63,17 @@ def test_answers_are_those_of_the_truth() -> None:
             elif task == "caption":
                 assert answer == "A black dot."
     assert {"where is", "what is at", "read", "value", "document", "caption"} <= seen
+
+
+def test_lines_that_stand_there_once_have_a_place() -> None:
+    texts = ("Milk", "Milk", "Thank you", "a line that is too long to be asked for by its words")
+    lines = tuple(Piece(t, (10, 20 * i, 90, 20 * i + 15), "line") for i, t in enumerate(texts))
+    lines += (Piece("a | b", (10, 80, 90, 95), "row"),)
+    picture = Picture(b"", (100, 100), Truth(lines=lines))
+    for seed in range(20):
+        pool = questions(picture, np.random.default_rng(seed))
+        (ask,) = [a for a in pool if a.task == "where is a line"]
+        assert 'the line "Thank you"' in ask.question and ask.short == "[[100,400,900,550]]"
 
 
 def asked(sample: Sample) -> list[tuple[str, str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +15,7 @@ from cogvlm.processor import Processor, assistant, user
 from cogvlm.processor.image import pixels_from_dict
 from cogvlm.processor.lines import LinePixels, find_lines, ink_of, slant, without_rules
 from cogvlm.processor.template import TEMPLATES
+from cogvlm.score import boxes
 from train.bars import Bytes
 
 PLAN = LinePixels(14, (4, 1), 4, 64)
@@ -104,6 +107,35 @@ def test_tilted_lines_are_straightened(angle: float) -> None:
     assert sum(p.behind == "\n" for p in straight.pieces) == 4
 
 
+def inked(image: Image.Image, part: tuple[int, int, int, int]) -> tuple[float, ...]:
+    """The box of the ink in a part of a picture, in thousandths."""
+    ys, xs = np.nonzero(np.asarray(image.convert("L").crop(part)) < 120)
+    x, y = (xs.min() + part[0], xs.max() + part[0]), (ys.min() + part[1], ys.max() + part[1])
+    width, height = image.size
+    return (1000 * x[0] / width, 1000 * y[0] / height, 1000 * x[1] / width, 1000 * y[1] / height)
+
+
+@pytest.mark.parametrize("angle", [0.0, 4.0])
+def test_the_place_of_a_strip_stands_behind_it(angle: float) -> None:
+    rows = [(60, 60 + 50 * i, f"Line {i} of print, all") for i in range(4)]
+    image = drawn(*rows)
+    part = 40, image.height // 2, image.width, image.height  # the two lower lines
+    turned = image.rotate(angle, fillcolor=(235, 230, 220))
+    plan = replace(PLAN, places=True)
+    pieces = plan.cut(turned).pieces
+    assert [p.behind[-1] for p in pieces] == ["\n"] * 4
+    places = [boxes(p.behind)[0] for p in pieces]
+    # Each holds its own ink, with a margin: seen in the picture as it was given.
+    x0, y0, x1, y1 = (1000 * v for v in places[3])
+    left, _, right, bottom = inked(turned, part)
+    assert x0 < left < x0 + 30 and x1 - 30 < right < x1
+    assert y1 - 60 < bottom < y1 and y0 < bottom
+    plain = PLAN.cut(turned).pieces
+    assert [p.box for p in plain] == [p.box for p in pieces]
+    one = drawn((10, 10, "one line")).crop((0, 0, 200, 50))
+    assert plan.cut(one).pieces[0].behind == ""
+
+
 def test_rules_and_frames_are_no_lines() -> None:
     image = drawn((30, 24, "Name"), (30, 124, "Place"))
     draw = ImageDraw.Draw(image)
@@ -142,3 +174,5 @@ def test_the_plan_of_a_file() -> None:
         pixels_from_dict(values, "here")
     with pytest.raises(ConfigError, match="max_strips is 0"):
         LinePixels(max_strips=0)
+    with pytest.raises(ConfigError, match="places is 1; give true or false"):
+        pixels_from_dict({"kind": "lines", "places": 1}, "here", {"lines": LinePixels})

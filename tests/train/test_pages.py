@@ -92,7 +92,7 @@ def test_a_page_keeps_its_size_and_its_points() -> None:
 def test_trimming_moves_points_with_the_picture() -> None:
     whole = page(words(40, "ab"))
     pages = Pages(PageData(trim=1.0), PLAN, 0, False)
-    cut = pages.page(whole.sample)
+    cut = pages.page(pages.trimmed(whole.sample))
     x0, y0, x1, y1 = pages.frame(whole.sample, np.random.default_rng((1, 2)))
     assert (x0, y0) != (0, 0) or (x1, y1) != (112, 84)
     height, width = cut.blocks[0].pixels.shape[1:]

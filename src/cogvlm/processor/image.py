@@ -355,6 +355,10 @@ def _check_positive(plan: SquarePixels | NativePixels) -> None:
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ConfigError(f"max_scale is {value!r}; give a number above 0")
             continue
+        if type(field.default) is bool:
+            if type(value) is not bool:
+                raise ConfigError(f"{field.name} is {value!r}; give true or false")
+            continue
         pair = field.name == "merge" and isinstance(value, tuple) and len(value) == 2
         numbers: tuple[Any, ...] = value if pair else (value,)
         if any(type(number) is not int or number < 1 for number in numbers):

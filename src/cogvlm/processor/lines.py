@@ -7,6 +7,11 @@ becomes an image block of its own; between blocks stands as text what a reader w
     Milk         1.20        [Milk] \\t [1.20] \\n [Thank you] \\n
     Thank you
 
+With ``places``, the box of every piece is part of that text, as the grounding models of the family
+write boxes: a strip does not show where on the page it was::
+
+    [Milk][[050,100,290,480]] \\t [1.20][[750,100,950,480]] \\n [Thank you][[050,520,700,900]] \\n
+
 A picture that is one line stays whole, and so does one in which no line is found.  Knows nothing
 about letters.
 
@@ -16,8 +21,9 @@ about letters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,10 +67,12 @@ class LinePixels(NativePixels):
     Attributes:
         longest: width of a strip, in its heights; longer lines are cut between words.
         max_strips: pieces of a picture; the rest is left out.
+        places: whether the box of a piece, in thousandths of the picture, stands behind it.
     """
 
     longest: int = 12
     max_strips: int = 64
+    places: bool = False
 
     def cut(self, image: Image.Image) -> Straight:
         """Straighten a picture and find its lines."""
@@ -78,6 +86,10 @@ class LinePixels(NativePixels):
             image = turned(image, angle)
             ink = without_rules(ink_of(image))
         pieces = self._pieces(ink)
+        if self.places:
+            pieces = [
+                replace(p, behind=_where(p.box, image.size, angle) + p.behind) for p in pieces
+            ]
         if not pieces:
             pieces = [Piece((0, 0, *image.size), "")]
         return Straight(image, angle, scale, tuple(pieces[: self.max_strips]))
@@ -180,6 +192,34 @@ def turned(image: Image.Image, angle: float) -> Image.Image:
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     fill = tuple(int(v) for v in np.median(edge, axis=0))
     return image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def turn_points(
+    points: NDArray[np.floating[Any]], size: tuple[int, int], angle: float
+) -> NDArray[np.float32]:
+    """Where points ``[N, 2]`` of a picture of ``size`` are in the one that is ``turned``."""
+    turn = math.radians(angle)
+    matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    middle = np.array(size) / 2
+    return np.asarray((points - middle) @ matrix + middle, np.float32)
+
+
+def _where(box: Box, size: tuple[int, int], angle: float) -> str:
+    """The place of a box of the straightened picture in the picture as it was."""
+    x0, y0, x1, y1 = box
+    corners = np.array([(x0, y0), (x1, y0), (x0, y1), (x1, y1)], np.float32)
+    before = turn_points(corners, size, -angle)
+    return place((*before.min(0).tolist(), *before.max(0).tolist()), size)
+
+
+def place(box: Sequence[float], size: tuple[int, int]) -> str:
+    """A box as the grounding models of the family write it, in thousandths of the picture.
+
+    >>> place((0, 10, 50, 100), (100, 100))
+    '[[000,100,500,999]]'
+    """
+    sides = [value / size[i % 2] for i, value in enumerate(box)]
+    return "[[" + ",".join(f"{min(999, max(0, round(1000 * s))):03d}" for s in sides) + "]]"
 
 
 # --- lines -------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class InstructObjective(AnswerObjective):
     eval_pages: Pages = field(kw_only=True)
     line_share: float = 0.25  # of the lines in the loss of a step
     eval_page_count: int = 16
-    longest: int = 1200  # tokens of a conversation; later turns are left out
+    longest: int = 1500  # tokens of a conversation; later turns are left out
     world: World = field(default_factory=World)  # the processes that divide a step
 
     def batches(self, start: int) -> Iterator[Pieces]:

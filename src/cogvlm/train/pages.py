@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,10 +25,10 @@ from ..data.engine.corpus import read_corpus
 from ..data.engine.faces import find_faces
 from ..data.engine.pages import Setting
 from ..data.engine.render import Render, choose_kinds
-from ..data.engine.step import Item, Piece, Sample, Truth
+from ..data.engine.step import Item, Picture, Piece, Sample, Truth
 from ..errors import ConfigError
 from ..processor.image import NativePixels, normalise
-from ..processor.lines import LinePixels, Straight
+from ..processor.lines import LinePixels, turn_points
 from .lines import Pixels, Row
 
 _TAILED = frozenset("gjpqyQ()[]{}|/@_$")  # reach well below the baseline
@@ -100,7 +99,7 @@ class Pages(Dataset[Page]):
 
     def __getitem__(self, index: int) -> Page:
         """Page ``index``; what cannot be spelled in ASCII is passed over."""
-        items: Iterable[Item] = self.maker.items(index)
+        items: Iterable[Item] = map(self._trimmed, self.maker.items(index))
         if self.data.turns:
             ask = Compose(
                 self.data.turns, text_only=0, pairs=0, held_out=self.held_out,
@@ -115,13 +114,23 @@ class Pages(Dataset[Page]):
     def page(self, sample: Sample) -> Page:
         """A sample of one picture as the plan takes it."""
         image = sample.pictures[0].open()
-        x0, y0, x1, y1 = self.frame(sample, np.random.default_rng((sample.seed, 2)))
-        image = image.crop((x0, y0, x1, y1))
-        move = np.array([x0, y0], np.float32)
-        rows = [Row(r.text, r.points - move) for r in rows_of(truth_of(sample))]
+        rows = rows_of(truth_of(sample))
         if isinstance(self.plan, LinePixels):
             return Page(sample, tuple(_strips(self.plan, image, rows)))
         return Page(sample, (_block(self.plan, image, rows),))
+
+    def _trimmed(self, item: Item) -> Item:
+        return self.trimmed(item) if isinstance(item, Sample) else item
+
+    def trimmed(self, sample: Sample) -> Sample:
+        """A sample of one picture without the margins that are not shown."""
+        x0, y0, x1, y1 = self.frame(sample, np.random.default_rng((sample.seed, 2)))
+        picture = sample.pictures[0]
+        if (x0, y0, x1, y1) == (0, 0, *picture.size):
+            return sample
+        truth = picture.truth.moved(lambda b: (b[0] - x0, b[1] - y0, b[2] - x0, b[3] - y0))
+        shown = Picture.of(picture.open().crop((x0, y0, x1, y1)), truth)
+        return replace(sample, pictures=(shown,))
 
     def frame(self, sample: Sample, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """The part of a picture that is shown: all, or what is printed with some of the margin."""
@@ -164,7 +173,8 @@ def _block(plan: NativePixels, image: Image.Image, rows: Iterable[Row], behind: 
 def _strips(plan: LinePixels, image: Image.Image, rows: Sequence[Row]) -> Iterator[Block]:
     """The lines of a picture that the plan finds, each character in the strip that it stands in."""
     straight = plan.cut(image)
-    moved = [Row(r.text, _turned(r.points * straight.scale, straight)) for r in rows]
+    size, angle = straight.image.size, straight.angle
+    moved = [Row(r.text, turn_points(r.points * straight.scale, size, angle)) for r in rows]
     for piece in straight.pieces:
         x0, y0, x1, y1 = piece.box
         found = []
@@ -175,14 +185,6 @@ def _strips(plan: LinePixels, image: Image.Image, rows: Sequence[Row]) -> Iterat
                 text = "".join(row.text[i] for i in here)
                 found.append(Row(text, row.points[here] - np.array([x0, y0], np.float32)))
         yield _block(plan, straight.crop(piece), found, piece.behind)
-
-
-def _turned(points: NDArray[np.float32], straight: Straight) -> NDArray[np.float32]:
-    """Points of a picture in the straightened one, ``float32[N, 2]``."""
-    turn = math.radians(straight.angle)
-    matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-    middle = np.array(straight.image.size) / 2
-    return np.asarray((points - middle) @ matrix + middle, np.float32)
 
 
 # --- where characters stand --------------------------------------------------------------------

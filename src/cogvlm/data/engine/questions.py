@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from ...processor.lines import place
 from . import words
-from .step import Box, Fact, Picture, Piece, Random
+from .step import Fact, Picture, Piece, Random
 from .wording import ASK, YES_NO
 
 LONGEST = 1200  # characters of an answer
@@ -21,16 +22,6 @@ class Ask:
     question: str
     short: str
     full: str = ""  # the short one again where there is no other
-
-
-def place(box: Box, size: tuple[int, int]) -> str:
-    """A box as the family writes it.
-
-    >>> place((0, 10, 50, 100), (100, 100))
-    '[[000,100,500,999]]'
-    """
-    sides = [value / size[i % 2] for i, value in enumerate(box)]
-    return "[[" + ",".join(f"{min(999, max(0, round(1000 * s))):03d}" for s in sides) + "]]"
 
 
 def questions(picture: Picture, rng: Random) -> list[Ask]:
@@ -200,6 +191,10 @@ def _where(picture: Picture, rng: Random) -> list[Ask]:
                 place(word.box, picture.size),
             )
         )
+    if whole := [p for p in _once(picture.truth.lines) if p.role != "row" and len(p.text) <= 40]:
+        line = words.pick(rng, whole)
+        question = words.pick(rng, ASK["where"]).format(f'the line "{line.text}"')
+        pool.append(Ask("where is a line", question, place(line.box, picture.size)))
     twice = [name for name, n in Counter(p.text for p in picture.truth.items).items() if n > 1]
     if twice and picture.truth.items[0].role == "object":
         boxes = [p.box for p in picture.truth.items if p.text == twice[0]]

@@ -32,6 +32,7 @@ from .warp import degrade
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
 _FLAGS = ("--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--font-render-hinting=none")
+_PATIENCE = 300_000  # milliseconds: beside a training run a browser gets little of the machine
 _ROLES = {"button": "button", "link": "link", "field": "field", "checkbox": "checkbox"}
 
 # Words as the browser broke and drew them, and what can be clicked or filled in.
@@ -110,6 +111,7 @@ class _Browser(threading.Thread):
         try:
             browser = play.chromium.launch(executable_path=browser_path(), args=_FLAGS)
             page = browser.new_context(offline=True, java_script_enabled=True).new_page()
+            page.set_default_timeout(_PATIENCE)
         except Exception as error:  # whatever keeps a browser from starting
             play.stop()
             self.ready.set_exception(error)
