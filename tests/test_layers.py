@@ -22,7 +22,7 @@ hub catalog
 models processor
 packed linear
 quantize backend devices
-memory adapter
+memory adapter reader
 load remote
 engine
 data

@@ -6,7 +6,7 @@ ours for nano, which holds the vision part alone and names its language model in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .models.cogvlm import CogVLMForCausalLM
 from .models.language import inverse_frequencies
 from .processor import Processor, open_tokenizer
 from .processor.tokenizer import FastTokenizer, read_json
+from .reader import StripReader
 
 
 @dataclass(frozen=True)
@@ -401,4 +402,6 @@ def load(
     model = _load(source, dtype, device, device_map, allow_pickle, tp_plan)
     if adapter is not None:
         adapters.attach(model, adapter)
+    if getattr(processor.pixels, "shown", None) is not None:
+        processor = replace(processor, reader=StripReader.of(model, folder))
     return Loaded(model, processor, str(name))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cogvlm.engine.reuse import Features, Prefixes, Trace, common, digest, trace
+from cogvlm.engine.reuse import Features, Prefixes, Trace, common, trace
+from cogvlm.processor.image import digest
 
 A, B = b"a" * 16, b"b" * 16
 

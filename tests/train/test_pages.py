@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cogvlm.config import preset
@@ -16,7 +16,9 @@ from cogvlm.data.engine.step import Picture, Piece, Sample, Truth, Turn
 from cogvlm.errors import ConfigError
 from cogvlm.processor import Processor
 from cogvlm.processor.image import NativePixels
+from cogvlm.processor.lines import LinePixels, read_out
 from cogvlm.processor.template import TEMPLATES
+from cogvlm.reader import StripReader
 from cogvlm.train.align import AlignObjective, CellPieces, ReaderWithAdapter, cells_of
 from cogvlm.train.answer import Prompt
 from cogvlm.train.distributed import World
@@ -203,6 +205,41 @@ def test_conversations_are_the_processors_own_but_for_the_spelling() -> None:
     objective.longest = asked.shape[1] + 4
     short = objective.conversation(made)["labels"]
     assert [i for i in short[0].tolist() if i >= 0] == [ord("a"), ord("b"), 2]
+
+
+def test_pages_that_are_read_are_the_processors_own() -> None:
+    font = ImageFont.load_default(28)
+    image = Image.new("RGB", (420, 160), (240, 240, 240))
+    for y, text in ((10, "Milk"), (60, "Bread and"), (110, "Butter")):
+        ImageDraw.Draw(image).text((12, y), text, fill=(0, 0, 0), font=font)
+    told = (Turn("user", "<image>\nWhere?"), Turn("assistant", "[[000,000,100,100]]"))
+    sample = Sample(
+        "a", "list", "made-up", "CC0-1.0", (Picture.of(image, Truth("")),), told, seed=1
+    )
+    vision = {"max_rows": 4, "max_cols": 64, "num_positions": 257, "adapter_merge": [4, 1]}
+    model = toy_model(
+        vision_config=CONFIG | vision | {"ctc_hidden": 8}, expert_rank=4, text_rank=4,
+        image_positions="flat", template_version="chatml", max_position_embeddings=2048,
+    )  # fmt: skip
+    plan = LinePixels(14, (4, 1), 4, 64, shown=2, places=True)
+    processor = Processor(
+        Bytes(), TEMPLATES["chatml"], plan, 3, reader=StripReader(model.model.vision.spell)
+    )
+    pages = Pages(PageData(turns=2), plan, 0, False)
+    made = pages.page(sample)
+    objective = replace(instruct(), trained=model, processor=processor, pages=pages)
+    ours = objective.conversation(made)
+    theirs = processor.encode(sample.record().messages, train=True)
+    assert len(made.blocks) == 3 and len(ours["pixel_values"]) == 2
+    for name, array in (("input_ids", theirs.input_ids), ("labels", theirs.labels)):
+        assert ours[name][0].tolist() == array.tolist()  # type: ignore[union-attr]
+    assert objective.length(made) > 20
+    batch = objective.train_pools.pool(0)[0]
+    strips = [np.zeros((3, 56, 28), np.float32) for _ in batch.texts]
+    read = objective.readings(replace(batch, pixels=np.stack(strips)))
+    expected = read_out(*model.model.vision.spell(strips[:1]), "\n")
+    assert processor.decode(read[0]) == expected
+    assert [i[-1] for i in objective.answers(batch, 4)] == [objective.end] * len(batch.texts)
 
 
 def test_processes_divide_a_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,6 +154,7 @@ def _processor(model: str, tokenizer: str | None) -> Processor:
     """Of a model whose weights stay where they are."""
     from ..hub import language_model, resolve
     from ..processor import FastTokenizer, Processor, open_tokenizer
+    from ..processor.lines import guessed
     from ..processor.tokenizer import read_json
 
     folder = resolve(model)
@@ -162,4 +164,4 @@ def _processor(model: str, tokenizer: str | None) -> Processor:
         words = open_tokenizer(tokenizer, config)
     elif name := config.get("language_model"):
         words = FastTokenizer.from_folder(language_model(name))
-    return Processor.from_folder(folder, words)
+    return replace(Processor.from_folder(folder, words), reader=guessed)

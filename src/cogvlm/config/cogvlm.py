@@ -47,6 +47,8 @@ class VisionConfig(PreTrainedConfig):
     adapter_intermediate_size: int | None = None  # None: that of the language model
     adapter_queries: int = 64  # tokens an image, for adapter="qformer"
     adapter_layers: int = 2  # cross-attention layers, for adapter="qformer"
+    # Width of the head that spells strips of print, see models/ctc.py; None: there is none.
+    ctc_hidden: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_keys(self, kwargs, "vision_config")

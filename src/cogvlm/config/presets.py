@@ -69,6 +69,12 @@ _NANO: dict[str, Any] = {
 }
 
 
+def _nano(**changes: Any) -> dict[str, Any]:
+    """Nano: a tower for strips of print, SmolLM2-135M and low-rank experts."""
+    vision = {**_NANO["vision_config"], **changes.pop("vision_config", {})}
+    return {**_NANO, "vision_config": vision, **changes}
+
+
 def _cogvlm(**changes: Any) -> dict[str, Any]:
     """CogVLM-17B: Vicuna-7B, no convolution, one key and value head for every query head."""
     vision = {"image_size": 490, "num_positions": 1226, "adapter": "linear_glu"}
@@ -113,7 +119,7 @@ def preset(name: str, **changes: Any) -> CogVLMConfig:
         "cogvlm": _cogvlm,
         "cogvlm2": dict,
         "cogvlm2-video": _video,
-        "nano": lambda **c: {**_NANO, **c},
+        "nano": _nano,
         "toy": _toy,
     }
     if name not in made:

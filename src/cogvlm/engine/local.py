@@ -27,7 +27,7 @@ class LocalBackend:
         return self._loaded.name
 
     def prepare(self, messages: Sequence[Message]) -> Encoded:
-        """Ids and pixels; uses no torch, so threads can do it while the model runs."""
+        """Ids and pixels; threads can do it while the model runs."""
         return self._loaded.processor.encode(messages)
 
     def answer_batch(

@@ -15,7 +15,6 @@ image).  So a sequence is never cut inside a run of image tokens, of either sequ
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -29,13 +28,6 @@ Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, float[K, 
 TYPE = 1  # column of the trace
 _MOST_ENTRIES = 256  # comparing is quick, but not free
 _WORTH = 16  # tokens; to copy fewer gains nothing
-
-
-def digest(pixels: NDArray[np.float32]) -> bytes:
-    """Sixteen bytes that stand for a picture's pixels ``float32[3, H, W]``."""
-    found = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
-    found.update(np.ascontiguousarray(pixels).data)
-    return found.digest()
 
 
 def trace(

@@ -26,8 +26,9 @@ from ..load import Loaded
 from ..models import positions
 from ..models.cogagent import CogAgentForCausalLM
 from ..processor import Encoded
+from ..processor.image import digest
 from . import fast
-from .reuse import TYPE, Features, Prefixes, Trace, digest, trace
+from .reuse import TYPE, Features, Prefixes, Trace, trace
 from .slots import Place, Slots, View
 
 

@@ -12,13 +12,18 @@ released ones).  Every block normalises the *output* of its branches: ``x + LN(a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..config import CogVLMConfig, VisionConfig
 from ..errors import InputError
+from .ctc import CTCHead, spelled
 from .half import biased, fitted, gated, saturated, widened
 from .parts import Conv, in_parts
 
@@ -186,7 +191,8 @@ class VisionModel(nn.Module):
     """Tower and adapter: one image becomes ``[boi, T tokens, eoi]``.
 
     ``conv`` (2x2, stride 2, where the configuration does not say otherwise) exists for
-    ``adapter="conv_glu"`` only, ``qformer`` for ``adapter="qformer"`` only.
+    ``adapter="conv_glu"`` only, ``qformer`` for ``adapter="qformer"`` only, ``ctc`` where
+    ``ctc_hidden`` is set.
     """
 
     def __init__(self, config: CogVLMConfig) -> None:
@@ -212,6 +218,8 @@ class VisionModel(nn.Module):
                 vision.adapter_layers,
             )
         self.adapter = vision.adapter
+        if vision.ctc_hidden is not None:
+            self.ctc = CTCHead(width, vision.merge[0], vision.ctc_hidden)
         self.boi = nn.Parameter(torch.zeros(1, 1, dim))
         self.eoi = nn.Parameter(torch.zeros(1, 1, dim))
 
@@ -267,3 +275,16 @@ class VisionModel(nn.Module):
             for i, feature in zip(places, features, strict=True):
                 out[i] = feature
         return out
+
+    @torch.inference_mode()
+    def spell(self, strips: Sequence[NDArray[np.float32]]) -> list[str]:
+        """What strips of print say, ``float32[3, H, W]`` each, one row of tokens high.
+
+        For a model with a ``ctc`` head (``vision_config.ctc_hidden``).
+        """
+        where = self.patch_embedding.cls_embedding.device
+        texts = []
+        for strip in strips:
+            patches, _ = self.patches(torch.from_numpy(strip)[None].to(where))
+            texts.append(spelled(self.ctc(patches)[0].argmax(-1).tolist()).strip())
+        return texts

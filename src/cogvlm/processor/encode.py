@@ -11,10 +11,10 @@ CogVLM2 code; unlike there, several images are possible and the tokenizer is nev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,7 @@ from PIL import Image as PILImage
 
 from ..errors import CheckpointError, ConfigError, InputError, MessageError, refuse_unknown
 from .image import ImageLimits, Pixels, SquarePixels, load_image, pixels_from_dict
-from .lines import LinePixels
+from .lines import LinePixels, read_out
 from .messages import Image, Message, Video
 from .template import BOS, EOS, ImageSlot, Plain, Segment, Special, Template, get_template
 from .tokenizer import Tokenizer, read_json, tokenizer_of
@@ -35,6 +35,8 @@ _VIDEO = "CogVLMVideoForCausalLM"  # the class that takes videos, told by its na
 _GLM = "multi_query_group_num"  # a key that of this family only GLM-4V has
 
 Ids = NDArray[np.int64]
+Strips: TypeAlias = Sequence[NDArray[np.float32]]  # float32[3, H, W] each
+Reader: TypeAlias = Callable[[Strips], list[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,8 @@ class Processor:
     video: VideoPlan | None = None  # which frames of a video are taken; None: takes no videos
     video_limits: VideoLimits = field(default_factory=VideoLimits)
     cross_pixels: Pixels | None = None  # CogAgent: plan of the large copy of every picture
+    # What strips float32[3, H, W] say, for a plan that has them read: a head of the model.
+    reader: Reader | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in self.template.specials:
@@ -216,11 +220,7 @@ class Processor:
         """
         for segment in segments:
             if isinstance(segment, ImageSlot) and isinstance(self.pixels, LinePixels):
-                straight = self.pixels.cut(self._image(segment))
-                for piece in straight.pieces:
-                    yield ImageSlot(Image(straight.crop(piece)))
-                    if piece.behind:
-                        yield Plain(piece.behind)
+                yield from self._pieces(self._image(segment), self.pixels)
                 continue
             if self.video is None or not isinstance(segment, ImageSlot):
                 yield segment
@@ -229,6 +229,35 @@ class Processor:
                 yield ImageSlot(frame)
                 if self.video.numbered:
                     yield Plain(str(i))
+
+    def _pieces(self, image: PILImage.Image, plan: LinePixels) -> Iterator[Segment]:
+        """The pieces of a picture, shown or read or both, and what stands between them."""
+        straight = plan.cut(image)
+        strips = [straight.crop(piece) for piece in straight.pieces]
+        texts, shown = [""] * len(strips), len(strips)
+        if plan.shown is not None:
+            texts, shown = self.read([plan(strip) for strip in strips]), plan.shown
+        for number, (strip, text, piece) in enumerate(
+            zip(strips, texts, straight.pieces, strict=True)
+        ):
+            if number < shown:
+                yield ImageSlot(Image(strip))
+            behind = piece.behind if plan.shown is None else read_out(text, piece.behind)
+            if behind:
+                yield Plain(behind)
+
+    def read(self, strips: Strips) -> list[str]:
+        """What strips say.
+
+        Raises:
+            ConfigError: nobody can read them.
+        """
+        if self.reader is None:
+            raise ConfigError(
+                "this model's own head reads the lines of pictures, and this processor has none; "
+                "take the processor of cogvlm.load(...)"
+            )
+        return self.reader(strips)
 
     def _frames(self, shown: Image | Video, plan: VideoPlan) -> list[Image]:
         if isinstance(shown, Image):

@@ -7,10 +7,15 @@ becomes an image block of its own; between blocks stands as text what a reader w
     Milk         1.20        [Milk] \\t [1.20] \\n [Thank you] \\n
     Thank you
 
-With ``places``, the box of every piece is part of that text, as the grounding models of the family
-write boxes: a strip does not show where on the page it was::
+With ``places``, the box of every part of a line is in that text, as the grounding models of the
+family write boxes: a strip does not show where on the page it was::
 
     [Milk][[050,100,290,480]] \\t [1.20][[750,100,950,480]] \\n [Thank you][[050,520,700,900]] \\n
+
+With ``shown``, only the first pieces are image blocks.  What a head on the tower reads in each
+stands behind it as text, which is a third of the tokens and in the language model's own words::
+
+    [Milk] Milk \t [1.20] 1.20 \n Thank you \n          shown: 2
 
 A picture that is one line stays whole, and so does one in which no line is found.  Knows nothing
 about letters.
@@ -30,8 +35,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .image import NativePixels
+from .ink import Ink, ink_of, letter_height, without_figures, without_rules
 
-Ink = NDArray[np.bool_]  # bool[H, W]: an edge is here
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 
 _SIDE = 2048  # pixels: larger pictures are made smaller before anything is looked for
@@ -44,6 +49,7 @@ class Piece:
 
     box: Box
     behind: str
+    whole: Box | None = None  # of a part of a line that ends here: its ink
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,14 @@ class LinePixels(NativePixels):
     Attributes:
         longest: width of a strip, in its heights; longer lines are cut between words.
         max_strips: pieces of a picture; the rest is left out.
-        places: whether the box of a piece, in thousandths of the picture, stands behind it.
+        places: whether boxes, in thousandths of the picture, stand behind the parts of lines.
+        shown: pieces of a picture that are shown; all are read.  None: all are shown, none is read.
     """
 
     longest: int = 12
     max_strips: int = 64
     places: bool = False
+    shown: int | None = None
 
     def cut(self, image: Image.Image) -> Straight:
         """Straighten a picture and find its lines."""
@@ -80,18 +88,19 @@ class LinePixels(NativePixels):
         if scale < 1:
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             image = image.resize(size, Image.Resampling.LANCZOS)
-        ink = without_rules(ink_of(image))
+        ink = print_of(image)
         angle = slant(ink)
         if angle:
             image = turned(image, angle)
-            ink = without_rules(ink_of(image))
+            ink = print_of(image)
         pieces = self._pieces(ink)
         if self.places:
             pieces = [
-                replace(p, behind=_where(p.box, image.size, angle) + p.behind) for p in pieces
+                replace(p, behind=_where(p.whole, image.size, angle) + p.behind) if p.whole else p
+                for p in pieces
             ]
         if not pieces:
-            pieces = [Piece((0, 0, *image.size), "")]
+            pieces = [Piece((0, 0, *image.size), "" if self.shown is None else _LINE)]
         return Straight(image, angle, scale, tuple(pieces[: self.max_strips]))
 
     def _pieces(self, ink: Ink) -> list[Piece]:
@@ -109,7 +118,7 @@ class LinePixels(NativePixels):
                 for k, strip in enumerate(strips):
                     last = k + 1 == len(strips)
                     behind = _BLANK if not last else _GAP if number + 1 < len(line) else _LINE
-                    pieces.append(Piece(strip, behind))
+                    pieces.append(Piece(strip, behind, box if last else None))
         return pieces
 
     def _strips(self, ink: Ink, box: Box, usual: list[int]) -> Iterator[Box]:
@@ -128,41 +137,27 @@ class LinePixels(NativePixels):
             yield max(0, x0 + a - side), top, min(width, x0 + b + side), bottom
 
 
-# --- where the ink is --------------------------------------------------------------------------
+def read_out(text: str, behind: str) -> str:
+    """What stands behind a piece that was read; the place of one without text is left out.
+
+    >>> read_out("Milk", "[[050,100,290,480]]\\n"), read_out("", "[[050,100,290,480]]\\n")
+    ('Milk[[050,100,290,480]]\\n', '\\n')
+    """
+    return text + behind if text else behind[-1:]
 
 
-def ink_of(image: Image.Image) -> Ink:
-    """Where the picture's brightness jumps: print, in any colours on any smooth ground."""
-    grey = np.asarray(image.convert("L"), dtype=np.int16)
-    edge = np.zeros(grey.shape, np.int16)
-    edge[:, 1:] = np.abs(np.diff(grey, axis=1))
-    edge[1:] = np.maximum(edge[1:], np.abs(np.diff(grey, axis=0)))
-    strong = float(np.percentile(edge, 99)) if edge.size else 0.0
-    return np.asarray(edge > max(24.0, 0.3 * strong))
+def guessed(strips: Sequence[NDArray[np.float32]]) -> list[str]:
+    """Texts about as long as those of strips ``float32[3, H, W]``, to count tokens by."""
+    return ["word " * (strip.shape[-1] // 110) for strip in strips]
 
 
-def without_rules(ink: Ink) -> Ink:
-    """Ink without long straight lines: rules, frames, the edges of paper."""
-    height, width = ink.shape
-    flat = _runs(ink, max(60, round(0.15 * width)))
-    steep = _runs(ink.T, max(60, round(0.3 * height))).T
-    return np.asarray(ink & ~flat & ~steep)
+# --- straightening ----------------------------------------------------------------------------
 
 
-def _runs(ink: Ink, length: int) -> Ink:
-    """What belongs to a run of at least ``length`` along a row."""
-    height, width = ink.shape
-    if length > width:
-        return np.zeros_like(ink)
-    sums = np.zeros((height, width + 1), np.int32)
-    np.cumsum(ink, axis=1, out=sums[:, 1:])
-    full = sums[:, length:] - sums[:, :-length] == length  # a run begins here
-    begun = np.zeros((height, width + 1), np.int32)
-    np.cumsum(full, axis=1, out=begun[:, 1 : full.shape[1] + 1])
-    begun[:, full.shape[1] + 1 :] = begun[:, full.shape[1]][:, None]
-    before = np.zeros_like(begun)
-    before[:, length:] = begun[:, :-length]
-    return np.asarray((begun - before)[:, 1:] > 0)
+def print_of(image: Image.Image) -> Ink:
+    """The ink of print alone."""
+    # Frames are whole before their rules are gone; what the rules joined is apart after.
+    return without_figures(without_rules(without_figures(ink_of(image))))
 
 
 def slant(ink: Ink, most: float = 6.0) -> float:
@@ -227,20 +222,18 @@ def place(box: Sequence[float], size: tuple[int, int]) -> str:
 
 def find_lines(ink: Ink) -> list[list[Box]]:
     """The parts of every line, from top to bottom and left to right."""
-    bands = _bands(ink.sum(1))
+    letter = letter_height(ink)
     lines: list[list[Box]] = []
-    for y0, y1 in bands:
-        parts = list(_parts(ink, y0, y1))
+    for y0, y1 in _bands(ink.sum(1), letter):
+        parts = list(_parts(ink, y0, y1, letter))
         # Columns whose lines stand at other heights are a band together, and none of their own.
-        stacks = [_bands(ink[y0:y1, a:b].sum(1)) for a, b in parts]
-        for level in range(max(map(len, stacks), default=0)):
-            line = []
-            for (a, b), stack in zip(parts, stacks, strict=True):
-                if level < len(stack):
-                    top, bottom = y0 + stack[level][0], y0 + stack[level][1]
-                    inside = np.flatnonzero(_columns(ink[top:bottom, a:b]))
-                    line.append((a + int(inside[0]), top, a + int(inside[-1]) + 1, bottom))
-            lines.append(line)
+        boxes = []
+        for a, b in parts:
+            for top, bottom in _bands(ink[y0:y1, a:b].sum(1), letter):
+                inside = np.flatnonzero(_columns(ink[y0 + top : y0 + bottom, a:b]))
+                left, right = a + int(inside[0]), a + int(inside[-1]) + 1
+                boxes.append((left, y0 + top, right, y0 + bottom))
+        lines += _level(boxes)
     heights = [y1 - y0 for line in lines for _, y0, _, y1 in line]
     if not heights:
         return []
@@ -249,13 +242,26 @@ def find_lines(ink: Ink) -> list[list[Box]]:
     return [line for line in kept if line]
 
 
+def _level(boxes: list[Box]) -> list[list[Box]]:
+    """Boxes in lines: those whose middle is beside the first of a line, from left to right."""
+    lines: list[list[Box]] = []
+    for box in sorted(boxes, key=lambda box: box[1]):
+        middle = (box[1] + box[3]) / 2
+        beside = next((line for line in lines if line[0][1] <= middle < line[0][3]), None)
+        if beside is None:
+            lines.append([box])
+        else:
+            beside.append(box)
+    return [sorted(line) for line in lines]
+
+
 def _is_print(box: Box, usual: float) -> bool:
     """Neither a stroke nor dirt, nor the side of a frame."""
     width, height = box[2] - box[0], box[3] - box[1]
     return height >= max(5.0, 0.3 * usual) and (width >= 0.15 * height or height < 1.15 * usual)
 
 
-def _bands(profile: NDArray[np.int64]) -> list[tuple[int, int]]:
+def _bands(profile: NDArray[np.int64], letter: float) -> list[tuple[int, int]]:
     """Runs of rows that hold ink, those of accents and dots joined to what they belong to."""
     inked = profile[profile > 0]
     if not len(inked):
@@ -264,14 +270,16 @@ def _bands(profile: NDArray[np.int64]) -> list[tuple[int, int]]:
     level = max(1.0, min(2.0, 0.15 * usual), 0.06 * usual)  # a stroke alone has two edges
     bands: list[tuple[int, int]] = []
     for band in _spans(profile > level):
-        if bands and _belong(profile, bands[-1], band):
+        if bands and _belong(profile, bands[-1], band, letter):
             bands[-1] = (bands[-1][0], band[1])
         else:
             bands.append(band)
     return bands
 
 
-def _belong(profile: NDArray[np.int64], upper: tuple[int, int], lower: tuple[int, int]) -> bool:
+def _belong(
+    profile: NDArray[np.int64], upper: tuple[int, int], lower: tuple[int, int], letter: float
+) -> bool:
     """Whether one of two neighbours is low and near, or next to nothing and not far.
 
     Dots and heads of slanted letters are so; an arrow between two boxes is high for its ink.
@@ -279,15 +287,16 @@ def _belong(profile: NDArray[np.int64], upper: tuple[int, int], lower: tuple[int
     small, large = sorted(b - a for a, b in (upper, lower))
     little, much = sorted(int(profile[a:b].sum()) for a, b in (upper, lower))
     gap = lower[0] - upper[1]
+    large = min(large, round(4 * letter))  # not of what many have been joined to
     return (gap <= max(1, 0.2 * large) and small < 0.4 * large) or (
         gap <= 0.4 * large and little * small < 0.03 * much * large
     )
 
 
-def _parts(ink: Ink, y0: int, y1: int) -> Iterator[tuple[int, int]]:
+def _parts(ink: Ink, y0: int, y1: int, letter: float) -> Iterator[tuple[int, int]]:
     """Columns of a band that belong together: gaps wider than a blank divide them."""
     spans = _spans(_columns(ink[y0:y1]))
-    wide = 1.3 * (y1 - y0)
+    wide = 1.3 * min(y1 - y0, 2.2 * letter)  # a band may be many lines, of columns out of step
     first = 0
     for number in range(1, len(spans) + 1):
         if number == len(spans) or spans[number][0] - spans[number - 1][1] > wide:

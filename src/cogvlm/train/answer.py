@@ -71,7 +71,7 @@ class AnswerObjective:
 
     def lr_scale(self, name: str) -> float:
         """See :class:`cogvlm.train.loop.Objective`."""
-        if ".vision.transformer." in name or ".patch_embedding." in name:
+        if ".vision.transformer." in name or ".patch_embedding." in name or ".vision.ctc." in name:
             return self.scales["tower"]
         if ".vision_expert_text_" in name:
             return self.scales["text"]
@@ -86,28 +86,36 @@ class AnswerObjective:
         sides = zip(batch.pixels.shape[-2:], self.cell, strict=True)
         rows, cols = (side // cell for side, cell in sides)
         image = rows * cols + 2
-        head = [*prompt.before, *[self.processor.image_token_id] * image, *prompt.after]
-        tails: list[list[int]] = [[] for _ in batch.texts]
-        if answers:
-            assert self.end is not None
-            for tail, text, xs in zip(tails, batch.texts, batch.centers, strict=True):
-                tail += [*self.pieces.line(text, xs, cols, self.cell[1]), self.end]
-        length = len(head) + max(map(len, tails))
+        block = [*prompt.before, *[self.processor.image_token_id] * image]
+        heads = [[*block, *read, *prompt.after] for read in self.readings(batch)]
+        tails = self.answers(batch, cols) if answers else [[] for _ in heads]
+        length = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
         ids = np.full((len(tails), length), self.processor.image_token_id, np.int64)
         types, mask = np.zeros_like(ids), np.zeros_like(ids)
         labels = np.full_like(ids, -100)
-        for i, tail in enumerate(tails):
+        for i, (head, tail) in enumerate(zip(heads, tails, strict=True)):
             start = length - len(head) - len(tail)
             ids[i, start:] = head + tail
             mask[i, start:] = 1
-            block = start + len(prompt.before)
-            types[i, block : block + image] = 1
+            types[i, start + len(prompt.before) : start + len(block)] = 1
             labels[i, length - len(tail) :] = tail
         arrays = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
         if answers:
             arrays["labels"] = labels
         tensors = {k: torch.from_numpy(v).to(self.device) for k, v in arrays.items()}
         return {**tensors, "pixel_values": torch.from_numpy(batch.pixels).to(self.device)}
+
+    def readings(self, batch: LineBatch) -> list[list[int]]:
+        """Ids of what stands behind the picture of every line: nothing, in this stage."""
+        return [[] for _ in batch.texts]
+
+    def answers(self, batch: LineBatch, cols: int) -> list[list[int]]:
+        """Ids of the answer to every line of ``cols`` cells, and its end."""
+        assert self.end is not None
+        return [
+            [*self.pieces.line(text, xs, cols, self.cell[1]), self.end]
+            for text, xs in zip(batch.texts, batch.centers, strict=True)
+        ]
 
     def loss(self, batch: tuple[int, LineBatch]) -> tuple[Tensor, dict[str, float]]:
         """See :class:`cogvlm.train.loop.Objective`."""

@@ -1,13 +1,16 @@
 """Stage "instruct": answers to questions about pages, among lines that are read.
 
 As in stage "answer", what is quoted from a picture is spelled in the word pieces into which its
-cells cut it; everything else in the pieces of the tokenizer.  Beside experts, adapter and tower,
+cells cut it; everything else in the pieces of the tokenizer, and so are quotations from pages whose
+lines the model's head reads first (``pixels.shown``).  Beside experts, adapter and tower,
 the corrections of the language weights behind a picture learn (``config.text_rank``), where the
 model has them: SmolLM2 left to itself chats about a text instead of quoting it.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..processor.lines import LinePixels, read_out
 from ..processor.template import ImageSlot, Plain
-from ..score import anls
+from ..score import anls, boxes, iou
 from .align import Cells, cells_of
 from .answer import AnswerObjective
 from .distributed import World
-from .lines import LineBatch, Row
+from .lines import LineBatch, Pixels, Row
 from .loop import Pieces
 from .pages import Block, Page, Pages
 
 Inputs = dict[str, Any]
+_PLACE = re.compile(r"\[\[\d+,\d+,\d+,\d+\]\]")
 LINE = 40  # tokens of a line and its answer, about
 
 
@@ -68,6 +73,11 @@ class InstructObjective(AnswerObjective):
     longest: int = 1500  # tokens of a conversation; later turns are left out
     world: World = field(default_factory=World)  # the processes that divide a step
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plan = self.processor.pixels
+        self.shown = plan.shown if isinstance(plan, LinePixels) else None
+
     def batches(self, start: int) -> Iterator[Pieces]:
         """See :class:`cogvlm.train.loop.Objective`: lines and pages, this process's part.
 
@@ -76,14 +86,17 @@ class InstructObjective(AnswerObjective):
         """
         count = self.pages.data.per_step
         pages = self.pages.stream(start * count, self.pages.data.workers)
-        lines = self.train_pools.batches(start, self.workers)
-        for index, batch in enumerate(lines, start):
+        for index, batch in enumerate(self.train_pools.batches(start, self.workers), start):
             share = (1 - self.line_share) / count
-            asked = [Asked(self.conversation(next(pages)), share) for _ in range(count)]
-            pieces: list[Lines | Asked] = [Lines(index, batch, self.line_share), *asked]
-            sizes = [len(batch.texts) * LINE, *(a.inputs["input_ids"].numel() for a in asked)]
-            mine = dealt(sizes, self.world.size)[self.world.rank]
-            yield Pieces([pieces[i] for i in mine])
+            drawn = [next(pages) for _ in range(count)]
+            sizes = [len(batch.texts) * LINE, *map(self.length, drawn)]
+            lines = Lines(index, batch, self.line_share)
+            yield Pieces(
+                [
+                    lines if i == 0 else Asked(self.conversation(drawn[i - 1]), share)
+                    for i in dealt(sizes, self.world.size)[self.world.rank]
+                ]
+            )
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
         """See :class:`cogvlm.train.loop.Objective`."""
@@ -94,6 +107,15 @@ class InstructObjective(AnswerObjective):
         figures = {"pages": float(loss.detach()) / self.pages.data.per_step}
         return loss * batch.share, {**figures, "tokens": float(batch.inputs["input_ids"].numel())}
 
+    def length(self, page: Page) -> int:
+        """Tokens of a page's conversation, about."""
+        cells = [math.prod(b.pixels.shape[1:]) // math.prod(self.cell) for b in page.blocks]
+        letters = sum(len(turn.text) for turn in page.sample.turns)
+        if self.shown is not None:
+            cells = cells[: self.shown]
+            letters += sum(len(row.text) for block in page.blocks for row in block.rows)
+        return sum(cells) + letters // 3
+
     def conversation(self, page: Page, answer: bool = True) -> Inputs:
         """Arguments of the model for a page's conversation, or the first question of it alone."""
         messages = page.sample.record().messages
@@ -101,18 +123,21 @@ class InstructObjective(AnswerObjective):
         ids: list[int] = []
         types: list[int] = []
         labels: list[int] = []
+        shown: Sequence[Block] = ()
+        told = "".join(block.behind for block in page.blocks)
         spelled = Spelled(page.blocks, (self.cell[0], self.cell[1]))
         end = 0  # of the last answer that is kept
         for segment in self.processor.template.segments(messages, answer):
             if isinstance(segment, ImageSlot):
-                for block in page.blocks:
-                    self._show(block, ids, types)
+                shown = self._present(page, ids, types)
                 labels += [-100] * (len(ids) - len(labels))
                 continue
+            new, learnt = self.processor.words(segment), segment.labelled
             if isinstance(segment, Plain) and segment.labelled:
-                new, learnt = self.spell(segment.text, spelled), True
-            else:
-                new, learnt = self.processor.words(segment), segment.labelled
+                if self.shown is not None:
+                    new = self.processor.tokenizer.encode(snapped(segment.text, told))
+                else:
+                    new = self.spell(segment.text, spelled)
             if end and len(ids) + len(new) > self.longest:
                 break
             ids += new
@@ -124,16 +149,48 @@ class InstructObjective(AnswerObjective):
         if answer:
             arrays["labels"] = labels
         tensors: Inputs = {k: torch.tensor([v[:cut]]).to(self.device) for k, v in arrays.items()}
-        pixels = [torch.from_numpy(block.pixels).to(self.device) for block in page.blocks]
+        pixels = [torch.from_numpy(block.pixels).to(self.device) for block in shown]
         return {**tensors, "pixel_values": pixels}
 
-    def _show(self, block: Block, ids: list[int], types: list[int]) -> None:
-        """Put the places of a block, and the text behind it, at the end."""
-        height, width = block.pixels.shape[1:]
-        count = (height // self.cell[0]) * (width // self.cell[1]) + 2
-        behind = self.processor.tokenizer.encode(block.behind) if block.behind else []
-        ids += [self.processor.image_token_id] * count + behind
-        types += [1] * count + [0] * len(behind)
+    def readings(self, batch: LineBatch) -> list[list[int]]:
+        """See :class:`AnswerObjective`: what the head reads, where it does."""
+        if self.shown is None:
+            return super().readings(batch)
+        texts = self._spell(list(batch.pixels))
+        return [self.processor.tokenizer.encode(read_out(text, "\n")) for text in texts]
+
+    def answers(self, batch: LineBatch, cols: int) -> list[list[int]]:
+        """See :class:`AnswerObjective`: in the pieces of the tokenizer, where a line is read."""
+        if self.shown is None:
+            return super().answers(batch, cols)
+        assert self.end is not None
+        return [[*self.processor.tokenizer.encode(text), self.end] for text in batch.texts]
+
+    def _spell(self, strips: Sequence[Pixels]) -> list[str]:
+        texts: list[str] = self.trained.model.vision.spell(strips)
+        return texts
+
+    def _present(self, page: Page, ids: list[int], types: list[int]) -> Sequence[Block]:
+        """Put the places of a page's blocks, and the text behind each, at the end.
+
+        Returns:
+            The blocks that are shown.
+        """
+        texts, shown = [""] * len(page.blocks), page.blocks
+        if self.shown is not None:
+            texts = self._spell([block.pixels for block in page.blocks])
+            shown = shown[: self.shown]
+        for number, (block, text) in enumerate(zip(page.blocks, texts, strict=True)):
+            if number < len(shown):
+                height, width = block.pixels.shape[1:]
+                count = (height // self.cell[0]) * (width // self.cell[1]) + 2
+                ids += [self.processor.image_token_id] * count
+                types += [1] * count
+            told = block.behind if self.shown is None else read_out(text, block.behind)
+            behind = self.processor.tokenizer.encode(told) if told else []
+            ids += behind
+            types += [0] * len(behind)
+        return shown
 
     def spell(self, text: str, spelled: Spelled) -> list[int]:
         """Ids of an answer: words that stand on the page as its cells cut them."""
@@ -178,6 +235,23 @@ class InstructObjective(AnswerObjective):
             **inputs, max_new_tokens=most, do_sample=False, eos_token_id=self.end
         )
         return self.processor.decode(out[0, inputs["input_ids"].shape[1] :].tolist()).strip()
+
+
+def snapped(text: str, told: str, least: float = 0.5) -> str:
+    """An answer whose places are those that were told, where one overlaps by ``least`` or more.
+
+    >>> snapped("It is at [[100,100,202,200]].", "a[[103,100,200,200]]\\nb[[500,100,600,200]]")
+    'It is at [[103,100,200,200]].'
+    """
+    known = _PLACE.findall(told)
+
+    def nearest(found: re.Match[str]) -> str:
+        (own,) = boxes(found.group())
+        shares = {one: iou(own, boxes(one)[0]) for one in known}
+        best = max(known, key=shares.__getitem__, default="")
+        return best if best and shares[best] >= least else found.group()
+
+    return _PLACE.sub(nearest, text)
 
 
 class Spelled:

@@ -16,7 +16,7 @@ from ..data.sft.check import length_of, measure_with, size_of
 from ..errors import CogVLMError, InputError, ResourceError
 from ..hub import SMOLLM2, language_model, language_model_ready, resolve
 from ..processor import FastTokenizer, Image, Processor, SquarePixels, open_tokenizer
-from ..processor.lines import LinePixels
+from ..processor.lines import LinePixels, guessed
 from ..processor.tokenizer import read_json
 from .recipe import TuneRecipe
 
@@ -123,7 +123,7 @@ def _processor(recipe: TuneRecipe) -> Processor:
     made = Processor.from_folder(folder, words)
     if recipe.side is not None and isinstance(made.pixels, SquarePixels):
         made = replace(made, pixels=replace(made.pixels, size=recipe.side))
-    return made
+    return replace(made, reader=guessed)
 
 
 def _language_model(name: str) -> Path:

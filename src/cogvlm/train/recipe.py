@@ -39,7 +39,7 @@ class LineData:
 class Recipe:
     """What a recipe file holds."""
 
-    stage: str  # read | align | answer | instruct
+    stage: str  # read | align | answer | ctc | instruct
     schedule: Schedule
     name: str = "run"
     seed: int = 0

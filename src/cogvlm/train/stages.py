@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..processor.template import TEMPLATES
 from ..processor.tokenizer import FastTokenizer
 from .align import AlignObjective, CellPieces, ReaderWithAdapter
 from .answer import AnswerObjective, Prompt
+from .ctc import CTCObjective
 from .instruct import InstructObjective
 from .lines import LinePools
 from .loop import Objective
@@ -174,6 +176,17 @@ def align(recipe: Recipe, device: torch.device) -> Objective:
     )
 
 
+def ctc(recipe: Recipe, device: torch.device) -> Objective:
+    """Stage "ctc": a head that spells strips, on the frozen tower."""
+    if recipe.model_config.vision.ctc_hidden is None:
+        raise ConfigError("stage 'ctc' trains the head of that name: set vision_config.ctc_hidden")
+    if recipe.pages is None:
+        raise ConfigError("stage 'ctc' reads the lines of pages: give pages")
+    return CTCObjective(
+        trained=fresh_vision(recipe).to(device), **pages(recipe), **common(recipe, device)
+    )
+
+
 def fresh_experts(recipe: Recipe) -> dict[str, Tensor]:
     """Expert tensors that change nothing yet: low-rank corrections with a zero second factor."""
     shapes = {k: v.shape for k, v in skeleton(recipe.model_config).state_dict().items()}
@@ -217,14 +230,17 @@ def through_model(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     model = compose(config, tensors, language)
     image_token = tokenizer.token_id(IMAGE_TOKEN)
     assert image_token is not None
-    processor = Processor(tokenizer, TEMPLATES["chatml"], pixel_plan(recipe), image_token)
+    plan = pixel_plan(recipe)
+    processor = Processor(tokenizer, TEMPLATES["chatml"], plan, image_token)
+    unread = replace(plan, shown=None) if isinstance(plan, LinePixels) else plan
+    asker = replace(processor, pixels=unread)
     move: Any = model.to  # its stub has lost the bound self
     move(device)
     scales = {"tower": recipe.tower_lr, "adapter": recipe.adapter_lr, "experts": 1.0}
     return {
         "trained": model,
         "processor": processor,
-        "prompts": [Prompt.of(processor, q) for q in recipe.questions],
+        "prompts": [Prompt.of(asker, q) for q in recipe.questions],
         "scales": {**scales, "text": recipe.text_lr},
         "seed": recipe.seed,
         **common(recipe, device),
@@ -234,6 +250,7 @@ def through_model(recipe: Recipe, device: torch.device) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Recipe, torch.device], Objective]] = {
     "read": read,
     "align": align,
+    "ctc": ctc,
     "answer": answer,
     "instruct": instruct,
 }

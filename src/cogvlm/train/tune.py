@@ -148,10 +148,16 @@ class TuneObjective:
                 continue
             count = None if end is None else end - max(begin, start)
             steps = at_resolution(self.steps, self.trained.config, sides[begin])
-            stream = steps.stream(self._first(max(begin, start)), self.recipe.workers)
+            stream = steps.stream(self._first(max(begin, start)), self._workers)
             for rows in islice(stream, count):
                 self._report(rows.left_out)
                 yield self.pieces(rows)
+
+    @property
+    def _workers(self) -> int:
+        """Processes that prepare rows; a head on an accelerator reads lines in this one alone."""
+        reads = self.loaded.processor.reader is not None
+        return 0 if reads and self.trained.device.type != "cpu" else self.recipe.workers
 
     def pieces(self, rows: Rows) -> Pieces:
         """A step's rows as micro-batches that know the answer tokens of all of them."""
