@@ -43,6 +43,7 @@ _PARTS = (
     (r"\.cross_attn\.|\.post_cross_attention_|(^|\.)cross_vision\.", "cross"),
     (r"\.vision_expert_|\.vision_mlp\.", "experts"),
     (r"(^|\.)vision\.(transformer|patch_embedding|pos_embed)", "tower"),
+    (r"(^|\.)vision\.ctc\.", "ctc"),  # learns in a stage of its own
     (r"(^|\.)vision\.", "adapter"),
 )
 _GLM = r"encoder\.layers\.\d+\.mlp\.dense_(?:h_to_4h|4h_to_h)"

@@ -198,7 +198,7 @@ def test_pieces_are_read_and_only_the_first_are_shown() -> None:
     assert f"Milk{milk}\nBread{bread}2.40{price}How much?" in text
     starts = np.flatnonzero(np.diff(made.token_type_ids) == 1)
     assert len(starts) == 2  # image blocks
-    with pytest.raises(ConfigError, match=r"cogvlm\.load"):
+    with pytest.raises(ConfigError, match=r"cogvlm\.open_model"):
         replace(processor, reader=None).encode([user(image, "How much?")])
 
 

@@ -255,7 +255,7 @@ class Processor:
         if self.reader is None:
             raise ConfigError(
                 "this model's own head reads the lines of pictures, and this processor has none; "
-                "take the processor of cogvlm.load(...)"
+                "take that of cogvlm.open_model(...)"
             )
         return self.reader(strips)
 
