@@ -20,6 +20,7 @@ import cogvlm.load
 from cogvlm import __version__, doctor
 from cogvlm.cli import app
 from cogvlm.errors import CheckpointError, ConfigError
+from cogvlm.processor import Processor, load_image
 from engine.toys import scripted
 
 
@@ -56,6 +57,28 @@ def test_version_and_help() -> None:
     for command in ("ask", "run", "train", "doctor"):
         assert cogvlm_(command, "--help").exit_code == 0
         assert f" {command} " in cogvlm_("--help").stdout
+
+
+def test_read_writes_out_pictures(
+    asked: dict[str, Any], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = cogvlm_("read", picture)  # a model without a head for that
+    assert refused.exit_code == 2 and "no head that reads" in refused.stderr
+    missing = cogvlm_("read", picture, tmp_path / "none.png")
+    assert missing.exit_code == 2 and "none.png: no such picture" in missing.stderr
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+
+    def transcribe(self: Processor, source: Path) -> str:
+        load_image(source)
+        return "Milk\t1.20"
+
+    monkeypatch.setattr(Processor, "transcribe", transcribe)
+    assert cogvlm_("read", picture).stdout == "Milk\t1.20\n"
+    assert json.loads(cogvlm_("read", picture, "--json").stdout)["text"] == "Milk\t1.20"
+    some = cogvlm_("read", picture, broken, picture, "--device", "cpu")
+    assert some.exit_code == 1 and some.stdout.count("Milk") == 2
+    assert "broken.png" in some.stderr and "1 of 3 pictures" in some.stderr
 
 
 def test_ask_prints_the_answer_and_nothing_else(asked: dict[str, Any], picture: Path) -> None:
@@ -139,6 +162,7 @@ from cogvlm.cli import main
 from cogvlm.cli.shared import quiet_libraries
 quiet_libraries()  # as the command does, before what is noisy is imported
 import cogvlm.load
+from cogvlm.processor import Processor, load_image
 from engine.toys import scripted
 text = "".join(chr(33 + i * i % 90) for i in range(400))
 cogvlm.load.load = lambda *a, **k: scripted(text, pause=0.02)

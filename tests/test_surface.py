@@ -24,6 +24,7 @@ OPTIONS = {
     "ask": """images question --model --tokenizer --adapter --system --max-new-tokens --temperature
         --top-p --top-k --seed --precision --device --allow-pickle
         --repetition-stop --base-url --api-key-env --max-side --json""",
+    "read": "images --model --precision --device --json",
     "chat": """images --system --load --model --tokenizer --adapter --max-new-tokens --temperature
         --top-p --top-k --seed --precision --device --allow-pickle --repetition-stop --base-url
         --api-key-env --max-side""",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cogvlm.data.sft.check import measure_with
 from cogvlm.data.sft.record import Record
-from cogvlm.errors import ConfigError
+from cogvlm.errors import ConfigError, ImageError
 from cogvlm.processor import Processor, assistant, user
 from cogvlm.processor.encode import Strips
 from cogvlm.processor.image import pixels_from_dict
@@ -200,6 +201,19 @@ def test_pieces_are_read_and_only_the_first_are_shown() -> None:
     assert len(starts) == 2  # image blocks
     with pytest.raises(ConfigError, match=r"cogvlm\.open_model"):
         replace(processor, reader=None).encode([user(image, "How much?")])
+
+
+def test_a_picture_is_written_out_as_it_is_read(tmp_path: Path) -> None:
+    image = drawn((20, 20, "Milk"), (500, 20, "1.20"), (20, 90, "Bread"), (20, 160, "-o-o-"))
+    plan = replace(PLAN, shown=1, places=True)
+    read = ["Milk", "1.20", "Bread", ""]
+    processor = Processor(Bytes(), TEMPLATES["chatml"], plan, 3, reader=lambda _: read)
+    assert processor.transcribe(image) == "Milk\t1.20\nBread"
+    with pytest.raises(ConfigError, match="no head that reads"):
+        replace(processor, pixels=PLAN).transcribe(image)
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"a\.png"):
+        processor.transcribe(tmp_path / "a.png")
 
 
 def test_a_line_alone_is_read_too() -> None:

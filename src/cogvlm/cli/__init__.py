@@ -10,7 +10,7 @@ import io
 import sys
 
 # Importing a module of commands registers them; the order here is that of --help.
-from . import about, ask, batch, caption, chat, data, engine, make, serve  # noqa: F401
+from . import about, ask, batch, caption, chat, data, engine, make, read, serve  # noqa: F401
 from .shared import app
 
 

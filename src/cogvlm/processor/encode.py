@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 from ..errors import CheckpointError, ConfigError, InputError, MessageError, refuse_unknown
 from .image import ImageLimits, Pixels, SquarePixels, load_image, pixels_from_dict
 from .lines import LinePixels, read_out
-from .messages import Image, Message, Video
+from .messages import Image, ImageSource, Message, Video
 from .template import BOS, EOS, ImageSlot, Plain, Segment, Special, Template, get_template
 from .tokenizer import Tokenizer, read_json, tokenizer_of
 from .video import FramePixels, VideoLimits, VideoPlan, load_video
@@ -245,6 +245,24 @@ class Processor:
             behind = piece.behind if plan.shown is None else read_out(text, piece.behind)
             if behind:
                 yield Plain(behind)
+
+    def transcribe(self, source: ImageSource) -> str:
+        """The print in a picture as the model's own head reads it; no language model is asked.
+
+        Lines end with a newline; parts of a line that stand apart have a tab between them.
+
+        Raises:
+            ConfigError: the model has no such head, or this processor is not of a loaded one.
+            ImageError: the picture cannot be read.
+        """
+        plan = self.pixels
+        if not isinstance(plan, LinePixels) or plan.shown is None:
+            raise ConfigError("this model has no head that reads lines of print; ask it instead")
+        straight = plan.cut(load_image(source, self.limits))
+        texts = self.read([plan(straight.crop(piece)) for piece in straight.pieces])
+        parts = zip(texts, straight.pieces, strict=True)
+        said = "".join(text + piece.behind[-1:] for text, piece in parts)
+        return "\n".join(line.strip() for line in said.splitlines() if line.strip())
 
     def read(self, strips: Strips) -> list[str]:
         """What strips say.
