@@ -22,7 +22,7 @@ from cogvlm.reader import StripReader
 from cogvlm.train.align import AlignObjective, CellPieces, ReaderWithAdapter, cells_of
 from cogvlm.train.answer import Prompt
 from cogvlm.train.distributed import World
-from cogvlm.train.instruct import InstructObjective, Spelled
+from cogvlm.train.instruct import InstructObjective, Seen, Spelled, words_as_read
 from cogvlm.train.lines import Row, Sheet
 from cogvlm.train.loop import Loop, Schedule
 from cogvlm.train.pages import Block, Page, PageData, Pages, rows_of
@@ -236,10 +236,22 @@ def test_pages_that_are_read_are_the_processors_own() -> None:
     assert objective.length(made) > 20
     batch = objective.train_pools.pool(0)[0]
     strips = [np.zeros((3, 56, 28), np.float32) for _ in batch.texts]
-    read = objective.readings(replace(batch, pixels=np.stack(strips)))
-    expected = read_out(*model.model.vision.spell(strips[:1]), "\n")
-    assert processor.decode(read[0]) == expected
-    assert [i[-1] for i in objective.answers(batch, 4)] == [objective.end] * len(batch.texts)
+    batch = replace(batch, pixels=np.stack(strips))
+    (said,) = model.model.vision.spell(strips[:1])
+    assert processor.decode(objective.readings(batch)[0]) == read_out(said, "\n")
+    # What was read is the answer, right or wrong; where nothing was, the truth.
+    assert processor.decode(objective.answers(batch, 4)[0]) == (said or batch.texts[0])
+
+
+def test_answers_quote_what_was_read() -> None:
+    made = page(words(26, "Milk", "bread", "Butter"))
+    known = words_as_read(made.blocks, ["Nilk bread Butter"])
+    assert known == {"Milk": "Nilk"}
+    seen = Seen((), "Nilk bread[[010,010,500,300]]\n", known)
+    assert seen.quoted('"Milk" comes\nbefore Milk.') == '"Nilk" comes\nbefore Nilk.'
+    assert seen.quoted("at [[012,010,490,300]], Milkman") == "at [[010,010,500,300]], Milkman"
+    assert words_as_read(made.blocks, ["Nilkbread Butter"]) == {}  # other words: not clear
+    assert words_as_read(made.blocks, ["xyz bread Butter"]) == {}  # nothing of it was read
 
 
 def test_processes_divide_a_step() -> None:

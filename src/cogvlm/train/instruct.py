@@ -1,10 +1,11 @@
 """Stage "instruct": answers to questions about pages, among lines that are read.
 
 As in stage "answer", what is quoted from a picture is spelled in the word pieces into which its
-cells cut it; everything else in the pieces of the tokenizer, and so are quotations from pages whose
-lines the model's head reads first (``pixels.shown``).  Beside experts, adapter and tower,
-the corrections of the language weights behind a picture learn (``config.text_rank``), where the
-model has them: SmolLM2 left to itself chats about a text instead of quoting it.
+cells cut it; everything else in the pieces of the tokenizer.  Where the model's head reads the
+lines first (``pixels.shown``), answers quote what it read, in the tokenizer's pieces too.
+
+Beside experts, adapter and tower, the corrections of the language weights behind a picture learn
+(``config.text_rank``), where the model has them: SmolLM2 left to itself chats about a text instead of quoting it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ..processor.template import ImageSlot, Plain
 from ..score import anls, boxes, iou
 from .align import Cells, cells_of
 from .answer import AnswerObjective
+from .ctc import text_of
 from .distributed import World
 from .lines import LineBatch, Pixels, Row
 from .loop import Pieces
@@ -30,6 +33,7 @@ from .pages import Block, Page, Pages
 
 Inputs = dict[str, Any]
 _PLACE = re.compile(r"\[\[\d+,\d+,\d+,\d+\]\]")
+_QUOTES = "\"'.,;:?!"  # what may stand around a word that is quoted
 LINE = 40  # tokens of a line and its answer, about
 
 
@@ -123,19 +127,18 @@ class InstructObjective(AnswerObjective):
         ids: list[int] = []
         types: list[int] = []
         labels: list[int] = []
-        shown: Sequence[Block] = ()
-        told = "".join(block.behind for block in page.blocks)
+        seen = Seen()
         spelled = Spelled(page.blocks, (self.cell[0], self.cell[1]))
         end = 0  # of the last answer that is kept
         for segment in self.processor.template.segments(messages, answer):
             if isinstance(segment, ImageSlot):
-                shown = self._present(page, ids, types)
+                seen = self._present(page, ids, types)
                 labels += [-100] * (len(ids) - len(labels))
                 continue
             new, learnt = self.processor.words(segment), segment.labelled
             if isinstance(segment, Plain) and segment.labelled:
                 if self.shown is not None:
-                    new = self.processor.tokenizer.encode(snapped(segment.text, told))
+                    new = self.processor.tokenizer.encode(seen.quoted(segment.text))
                 else:
                     new = self.spell(segment.text, spelled)
             if end and len(ids) + len(new) > self.longest:
@@ -149,33 +152,32 @@ class InstructObjective(AnswerObjective):
         if answer:
             arrays["labels"] = labels
         tensors: Inputs = {k: torch.tensor([v[:cut]]).to(self.device) for k, v in arrays.items()}
-        pixels = [torch.from_numpy(block.pixels).to(self.device) for block in shown]
+        pixels = [torch.from_numpy(block.pixels).to(self.device) for block in seen.shown]
         return {**tensors, "pixel_values": pixels}
 
     def readings(self, batch: LineBatch) -> list[list[int]]:
         """See :class:`AnswerObjective`: what the head reads, where it does."""
         if self.shown is None:
             return super().readings(batch)
-        texts = self._spell(list(batch.pixels))
-        return [self.processor.tokenizer.encode(read_out(text, "\n")) for text in texts]
+        return [self.processor.tokenizer.encode(read_out(t, "\n")) for t in self._read(batch)]
 
     def answers(self, batch: LineBatch, cols: int) -> list[list[int]]:
-        """See :class:`AnswerObjective`: in the pieces of the tokenizer, where a line is read."""
+        """See :class:`AnswerObjective`: as it was read, where a line is."""
         if self.shown is None:
             return super().answers(batch, cols)
         assert self.end is not None
-        return [[*self.processor.tokenizer.encode(text), self.end] for text in batch.texts]
+        said = [read or text for read, text in zip(self._read(batch), batch.texts, strict=True)]
+        return [[*self.processor.tokenizer.encode(text), self.end] for text in said]
+
+    def _read(self, batch: LineBatch) -> list[str]:
+        return self._spell(list(batch.pixels))
 
     def _spell(self, strips: Sequence[Pixels]) -> list[str]:
         texts: list[str] = self.trained.model.vision.spell(strips)
         return texts
 
-    def _present(self, page: Page, ids: list[int], types: list[int]) -> Sequence[Block]:
-        """Put the places of a page's blocks, and the text behind each, at the end.
-
-        Returns:
-            The blocks that are shown.
-        """
+    def _present(self, page: Page, ids: list[int], types: list[int]) -> Seen:
+        """Put the places of a page's blocks, and the text behind each, at the end."""
         texts, shown = [""] * len(page.blocks), page.blocks
         if self.shown is not None:
             texts = self._spell([block.pixels for block in page.blocks])
@@ -190,7 +192,8 @@ class InstructObjective(AnswerObjective):
             behind = self.processor.tokenizer.encode(told) if told else []
             ids += behind
             types += [0] * len(behind)
-        return shown
+        told = "".join(block.behind for block in page.blocks)
+        return Seen(shown, told, words_as_read(page.blocks, texts))
 
     def spell(self, text: str, spelled: Spelled) -> list[int]:
         """Ids of an answer: words that stand on the page as its cells cut them."""
@@ -237,23 +240,6 @@ class InstructObjective(AnswerObjective):
         return self.processor.decode(out[0, inputs["input_ids"].shape[1] :].tolist()).strip()
 
 
-def snapped(text: str, told: str, least: float = 0.5) -> str:
-    """An answer whose places are those that were told, where one overlaps by ``least`` or more.
-
-    >>> snapped("It is at [[100,100,202,200]].", "a[[103,100,200,200]]\\nb[[500,100,600,200]]")
-    'It is at [[103,100,200,200]].'
-    """
-    known = _PLACE.findall(told)
-
-    def nearest(found: re.Match[str]) -> str:
-        (own,) = boxes(found.group())
-        shares = {one: iou(own, boxes(one)[0]) for one in known}
-        best = max(known, key=shares.__getitem__, default="")
-        return best if best and shares[best] >= least else found.group()
-
-    return _PLACE.sub(nearest, text)
-
-
 class Spelled:
     """The words of a page, as its cells cut them."""
 
@@ -279,8 +265,66 @@ class Spelled:
         A stop or a quotation mark around it need not stand there.
         """
         found = self.known.get(word)
-        if found is None and (bare := word.strip("\"'.,;:?!")):
+        if found is None and (bare := word.strip(_QUOTES)):
             found = self.known.get(bare)
             before, _, after = word.partition(bare)
             found = found and [*([before] * bool(before)), *found, *([after] * bool(after))]
         return found
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the language model is given of a page.
+
+    Answers quote that, not what truly stands there: a model that was taught to mend what was
+    misread says other words also where nothing was.
+    """
+
+    shown: Sequence[Block] = ()
+    told: str = ""  # what stands behind the blocks, with its places
+    read: dict[str, str] = field(default_factory=dict)  # words that were read otherwise
+
+    def quoted(self, text: str) -> str:
+        """An answer with words and places as they were told.
+
+        >>> Seen(read={"Milk": "Nilk"}).quoted('The first word is "Milk".')
+        'The first word is "Nilk".'
+        """
+        lines = snapped(text, self.told).split("\n")
+        return "\n".join(" ".join(map(self._word, line.split(" "))) for line in lines)
+
+    def _word(self, word: str) -> str:
+        bare = word.strip(_QUOTES)
+        if word in self.read or not bare:
+            return self.read.get(word, word)
+        return word.replace(bare, self.read.get(bare, bare))
+
+
+def words_as_read(blocks: Sequence[Block], texts: Sequence[str]) -> dict[str, str]:
+    """Words of a page that were read otherwise, where each of a strip has its own."""
+    out: dict[str, str] = {}
+    for block, text in zip(blocks, texts, strict=True):
+        truth, read = text_of(block).split(), text.split()
+        if len(truth) != len(read):
+            continue
+        for word, said in zip(truth, read, strict=True):
+            if word != said and SequenceMatcher(None, word, said).ratio() > 0.5:
+                out.setdefault(word, said)
+    return out
+
+
+def snapped(text: str, told: str, least: float = 0.5) -> str:
+    """An answer whose places are those that were told, where one overlaps by ``least`` or more.
+
+    >>> snapped("It is at [[100,100,202,200]].", "a[[103,100,200,200]]\\nb[[500,100,600,200]]")
+    'It is at [[103,100,200,200]].'
+    """
+    known = _PLACE.findall(told)
+
+    def nearest(found: re.Match[str]) -> str:
+        (own,) = boxes(found.group())
+        shares = {one: iou(own, boxes(one)[0]) for one in known}
+        best = max(known, key=shares.__getitem__, default="")
+        return best if best and shares[best] >= least else found.group()
+
+    return _PLACE.sub(nearest, text)
