@@ -5,7 +5,8 @@ cells cut it; everything else in the pieces of the tokenizer.  Where the model's
 lines first (``pixels.shown``), answers quote what it read, in the tokenizer's pieces too.
 
 Beside experts, adapter and tower, the corrections of the language weights behind a picture learn
-(``config.text_rank``), where the model has them: SmolLM2 left to itself chats about a text instead of quoting it.
+(``config.text_rank``), where the model has them: SmolLM2 left to itself chats about a text instead
+of quoting it.
 """
 
 from __future__ import annotations
