@@ -37,19 +37,19 @@ def read(
         if not image.is_file():
             raise InputError(f"{image}: no such picture")
     processor = load(model, precision, device, None, False).processor
-    failed: list[str] = []
+    failed = 0
     for number, image in enumerate(images):
         try:
             text = processor.transcribe(image)
         except InputError as error:  # one broken picture does not cost the others
             if len(images) == 1:
                 raise
-            failed.append(" ".join(str(error).split()))
-            typer.echo(f"error: {failed[-1]}", err=True)
+            failed += 1
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             continue
         if as_json:
             typer.echo(json.dumps({"image": str(image), "text": text}, ensure_ascii=False))
         else:
             typer.echo(text if number == 0 else f"\n{text}")
     if failed:
-        raise CogVLMError(f"{len(failed)} of {len(images)} pictures could not be read")
+        raise CogVLMError(f"{failed} of {len(images)} pictures could not be read")

@@ -22,7 +22,7 @@ from PIL import Image as PILImage
 
 from ..errors import CheckpointError, ConfigError, InputError, MessageError, refuse_unknown
 from .image import ImageLimits, Pixels, SquarePixels, load_image, pixels_from_dict
-from .lines import LinePixels, read_out
+from .lines import LinePixels, Straight, read_out
 from .messages import Image, ImageSource, Message, Video
 from .template import BOS, EOS, ImageSlot, Plain, Segment, Special, Template, get_template
 from .tokenizer import Tokenizer, read_json, tokenizer_of
@@ -233,15 +233,12 @@ class Processor:
     def _pieces(self, image: PILImage.Image, plan: LinePixels) -> Iterator[Segment]:
         """The pieces of a picture, shown or read or both, and what stands between them."""
         straight = plan.cut(image)
-        strips = [straight.crop(piece) for piece in straight.pieces]
-        texts, shown = [""] * len(strips), len(strips)
+        texts, shown = [""] * len(straight.pieces), len(straight.pieces)
         if plan.shown is not None:
-            texts, shown = self.read([plan(strip) for strip in strips]), plan.shown
-        for number, (strip, text, piece) in enumerate(
-            zip(strips, texts, straight.pieces, strict=True)
-        ):
+            texts, shown = self._texts(straight, plan), plan.shown
+        for number, (text, piece) in enumerate(zip(texts, straight.pieces, strict=True)):
             if number < shown:
-                yield ImageSlot(Image(strip))
+                yield ImageSlot(Image(straight.crop(piece)))
             behind = piece.behind if plan.shown is None else read_out(text, piece.behind)
             if behind:
                 yield Plain(behind)
@@ -259,10 +256,13 @@ class Processor:
         if not isinstance(plan, LinePixels) or plan.shown is None:
             raise ConfigError("this model has no head that reads lines of print; ask it instead")
         straight = plan.cut(load_image(source, self.limits))
-        texts = self.read([plan(straight.crop(piece)) for piece in straight.pieces])
-        parts = zip(texts, straight.pieces, strict=True)
+        parts = zip(self._texts(straight, plan), straight.pieces, strict=True)
         said = "".join(text + piece.behind[-1:] for text, piece in parts)
         return "\n".join(line.strip() for line in said.splitlines() if line.strip())
+
+    def _texts(self, straight: Straight, plan: LinePixels) -> list[str]:
+        """What each piece of a picture says."""
+        return self.read([plan(straight.crop(piece)) for piece in straight.pieces])
 
     def read(self, strips: Strips) -> list[str]:
         """What strips say.

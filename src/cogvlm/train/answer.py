@@ -6,7 +6,7 @@ the picture's cells cut it into (see :mod:`cogvlm.train.align`), so that reading
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,9 @@ class AnswerObjective:
 
     def lr_scale(self, name: str) -> float:
         """See :class:`cogvlm.train.loop.Objective`."""
-        if ".vision.transformer." in name or ".patch_embedding." in name or ".vision.ctc." in name:
+        if ".vision.ctc." in name:  # learns in a stage of its own
+            return 0.0
+        if ".vision.transformer." in name or ".patch_embedding." in name:
             return self.scales["tower"]
         if ".vision_expert_text_" in name:
             return self.scales["text"]
@@ -87,8 +89,10 @@ class AnswerObjective:
         rows, cols = (side // cell for side, cell in sides)
         image = rows * cols + 2
         block = [*prompt.before, *[self.processor.image_token_id] * image]
-        heads = [[*block, *read, *prompt.after] for read in self.readings(batch)]
-        tails = self.answers(batch, cols) if answers else [[] for _ in heads]
+        told = self.readings(batch)
+        encode = self.processor.tokenizer.encode
+        heads = [[*block, *(encode(text) if text else []), *prompt.after] for text in told]
+        tails = self.answers(batch, cols, told) if answers else [[] for _ in heads]
         length = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
         ids = np.full((len(tails), length), self.processor.image_token_id, np.int64)
         types, mask = np.zeros_like(ids), np.zeros_like(ids)
@@ -105,12 +109,14 @@ class AnswerObjective:
         tensors = {k: torch.from_numpy(v).to(self.device) for k, v in arrays.items()}
         return {**tensors, "pixel_values": torch.from_numpy(batch.pixels).to(self.device)}
 
-    def readings(self, batch: LineBatch) -> list[list[int]]:
-        """Ids of what stands behind the picture of every line: nothing, in this stage."""
-        return [[] for _ in batch.texts]
+    def readings(self, batch: LineBatch) -> list[str]:
+        """What stands behind the picture of every line: nothing, in this stage."""
+        return [""] * len(batch.texts)
 
-    def answers(self, batch: LineBatch, cols: int) -> list[list[int]]:
-        """Ids of the answer to every line of ``cols`` cells, and its end."""
+    def answers(self, batch: LineBatch, cols: int, told: Sequence[str]) -> list[list[int]]:
+        """Ids of the answer to every line of ``cols`` cells behind which ``told`` stands, and its
+        end.
+        """
         assert self.end is not None
         return [
             [*self.pieces.line(text, xs, cols, self.cell[1]), self.end]

@@ -20,7 +20,7 @@ from ..models.ctc import ALPHABET
 from ..models.vision import VisionModel
 from ..score import cer
 from ..tensors import save_tensors
-from .lines import LinePools, Pixels
+from .lines import LineBatch, LinePools, Pixels
 from .pages import Block, Page, Pages
 
 
@@ -41,6 +41,11 @@ def text_of(block: Block) -> str:
 def strips_of(page: Page) -> list[Strip]:
     """The strips of a page."""
     return [Strip(block.pixels, text_of(block)) for block in page.blocks]
+
+
+def lines_of(batch: LineBatch) -> list[Strip]:
+    """Lines that are strips already."""
+    return [Strip(p, t) for p, t in zip(batch.pixels, batch.texts, strict=True)]
 
 
 @dataclass
@@ -66,8 +71,7 @@ class CTCObjective:
         count = self.pages.data.per_step
         pages = self.pages.stream(start * count, self.pages.data.workers)
         for batch in self.train_pools.batches(start, self.workers):
-            lines = [Strip(p, t) for p, t in zip(batch.pixels, batch.texts, strict=True)]
-            yield lines + [s for _ in range(count) for s in strips_of(next(pages))]
+            yield lines_of(batch) + [s for _ in range(count) for s in strips_of(next(pages))]
 
     def loss(self, batch: list[Strip]) -> tuple[Tensor, dict[str, float]]:
         """See :class:`cogvlm.train.loop.Objective`."""
@@ -97,11 +101,7 @@ class CTCObjective:
 
     def evaluate(self) -> dict[str, float]:
         """Character error rate of lines and of pages' strips that never train."""
-        lines = [
-            Strip(p, t)
-            for batch in self.eval_pools.pool(0)
-            for p, t in zip(batch.pixels, batch.texts, strict=True)
-        ]
+        lines = [strip for batch in self.eval_pools.pool(0) for strip in lines_of(batch)]
         strips = [s for i in range(self.eval_page_count) for s in strips_of(self.eval_pages[i])]
         return {"line_cer": self.error(lines), "page_cer": self.error(strips)}
 

@@ -129,7 +129,7 @@ class InstructObjective(AnswerObjective):
         types: list[int] = []
         labels: list[int] = []
         seen = Seen()
-        spelled = Spelled(page.blocks, (self.cell[0], self.cell[1]))
+        cut = None if self.shown is not None else Spelled(page.blocks, (self.cell[0], self.cell[1]))
         end = 0  # of the last answer that is kept
         for segment in self.processor.template.segments(messages, answer):
             if isinstance(segment, ImageSlot):
@@ -138,40 +138,37 @@ class InstructObjective(AnswerObjective):
                 continue
             new, learnt = self.processor.words(segment), segment.labelled
             if isinstance(segment, Plain) and segment.labelled:
-                if self.shown is not None:
-                    new = self.processor.tokenizer.encode(seen.quoted(segment.text))
+                if cut is not None:
+                    new = self.spell(segment.text, cut)
                 else:
-                    new = self.spell(segment.text, spelled)
+                    new = self.processor.tokenizer.encode(seen.quoted(segment.text))
             if end and len(ids) + len(new) > self.longest:
                 break
             ids += new
             types += [0] * len(new)
             labels += new if learnt else [-100] * len(new)
             end = len(ids) if learnt else end
-        cut = end if answer else len(ids)
+        kept = end if answer else len(ids)
         arrays = {"input_ids": ids, "token_type_ids": types}
         if answer:
             arrays["labels"] = labels
-        tensors: Inputs = {k: torch.tensor([v[:cut]]).to(self.device) for k, v in arrays.items()}
+        tensors: Inputs = {k: torch.tensor([v[:kept]]).to(self.device) for k, v in arrays.items()}
         pixels = [torch.from_numpy(block.pixels).to(self.device) for block in seen.shown]
         return {**tensors, "pixel_values": pixels}
 
-    def readings(self, batch: LineBatch) -> list[list[int]]:
+    def readings(self, batch: LineBatch) -> list[str]:
         """See :class:`AnswerObjective`: what the head reads, where it does."""
         if self.shown is None:
             return super().readings(batch)
-        return [self.processor.tokenizer.encode(read_out(t, "\n")) for t in self._read(batch)]
+        return [read_out(text, "\n") for text in self._spell(list(batch.pixels))]
 
-    def answers(self, batch: LineBatch, cols: int) -> list[list[int]]:
+    def answers(self, batch: LineBatch, cols: int, told: Sequence[str]) -> list[list[int]]:
         """See :class:`AnswerObjective`: as it was read, where a line is."""
         if self.shown is None:
-            return super().answers(batch, cols)
+            return super().answers(batch, cols, told)
         assert self.end is not None
-        said = [read or text for read, text in zip(self._read(batch), batch.texts, strict=True)]
+        said = [read.strip() or text for read, text in zip(told, batch.texts, strict=True)]
         return [[*self.processor.tokenizer.encode(text), self.end] for text in said]
-
-    def _read(self, batch: LineBatch) -> list[str]:
-        return self._spell(list(batch.pixels))
 
     def _spell(self, strips: Sequence[Pixels]) -> list[str]:
         texts: list[str] = self.trained.model.vision.spell(strips)
@@ -193,8 +190,10 @@ class InstructObjective(AnswerObjective):
             behind = self.processor.tokenizer.encode(told) if told else []
             ids += behind
             types += [0] * len(behind)
-        told = "".join(block.behind for block in page.blocks)
-        return Seen(shown, told, words_as_read(page.blocks, texts))
+        if self.shown is None:
+            return Seen(shown)
+        places = "".join(block.behind for block in page.blocks)
+        return Seen(shown, places, words_as_read(page.blocks, texts))
 
     def spell(self, text: str, spelled: Spelled) -> list[int]:
         """Ids of an answer: words that stand on the page as its cells cut them."""
