@@ -178,7 +178,8 @@ def _absent(picture: Picture, rng: Random, held_out: bool = False) -> Ask | None
     if "object" in roles:
         from .objects import things
 
-        name = words.pick(rng, [t.name for t in things(held_out)])
+        # A machine without drawings may still read samples that have some.
+        name = words.pick(rng, [t.name for t in things(held_out)] or words.THINGS)
         question = words.pick(rng, ("Where is the {}?", "Is there a {} in the picture?")).format(
             name
         )
