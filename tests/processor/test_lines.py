@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cogvlm.data.sft.check import measure_with
 from cogvlm.data.sft.record import Record
@@ -18,7 +18,7 @@ from cogvlm.processor.image import pixels_from_dict
 from cogvlm.processor.ink import _Runs, ink_of, without_figures, without_rules
 from cogvlm.processor.lines import LinePixels, find_lines, guessed, print_of, slant
 from cogvlm.processor.template import TEMPLATES
-from cogvlm.score import boxes
+from cogvlm.score import boxes, iou
 from train.bars import Bytes
 
 PLAN = LinePixels(14, (4, 1), 4, 64)
@@ -126,8 +126,8 @@ def test_the_place_of_a_strip_stands_behind_it(angle: float) -> None:
     turned = image.rotate(angle, fillcolor=(235, 230, 220))
     plan = replace(PLAN, places=True)
     pieces = plan.cut(turned).pieces
-    assert [p.behind[-1] for p in pieces] == ["\n"] * 4
-    places = [boxes(p.behind)[0] for p in pieces]
+    assert [p.behind for p in pieces] == ["\n"] * 4
+    places = [boxes(p.place)[0] for p in pieces]
     # Each is where its own ink is, to a pixel or two: seen in the picture as it was given.
     x0, y0, x1, y1 = (1000 * v for v in places[3])
     left, _, right, bottom = inked(turned, part)
@@ -137,6 +137,26 @@ def test_the_place_of_a_strip_stands_behind_it(angle: float) -> None:
     assert [p.box for p in plain] == [p.box for p in pieces]
     one = drawn((10, 10, "one line")).crop((0, 0, 200, 50))
     assert plan.cut(one).pieces[0].behind == ""
+
+
+def test_the_place_of_a_button_is_its_frame() -> None:
+    rows = (60, 60, "Save"), (300, 60, "Cancel"), (60, 180, "Plain"), (60, 300, "One")
+    image = drawn(*rows, size=(640, 440))
+    draw = ImageDraw.Draw(image)
+    draw.rounded_rectangle((40, 46, 200, 104), 9, outline=(60, 60, 60))
+    dark = image.crop((280, 46, 480, 104))
+    image.paste(ImageOps.invert(dark), (280, 46))  # filled
+    draw.rectangle((30, 280, 500, 400), outline=(60, 60, 60))  # about two lines: no button
+    draw.text((60, 350), "Two", fill=(20, 20, 20), font=ImageFont.load_default(28))
+    pieces = replace(PLAN, places=True).cut(image).pieces
+    found = [boxes(p.place)[0] for p in pieces]
+    size = image.width, image.height
+    for box, (x0, y0, x1, y1) in zip(
+        found, ((40, 46, 200, 104), (280, 46, 480, 104)), strict=False
+    ):
+        truth = x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1]
+        assert iou(box, truth) > 0.9
+    assert len(found) == 5 and all((b[3] - b[1]) * size[1] < 45 for b in found[2:])
 
 
 def test_rules_and_frames_are_no_lines() -> None:
@@ -191,12 +211,18 @@ def test_pieces_are_read_and_only_the_first_are_shown() -> None:
 
     plan = replace(PLAN, shown=2, places=True)
     processor = Processor(Bytes(), TEMPLATES["chatml"], plan, 3, reader=reader)
-    made = processor.encode([user(image, "How much?")])
+    made = processor.encode([user(image, "Where?")])
     assert asked == [4] and len(made.pixel_values) == 2
     text = processor.decode(made.input_ids)
-    milk, bread, price = (p.behind for i, p in enumerate(plan.cut(image).pieces) if i != 1)
+    milk, bread, price = (p.place for i, p in enumerate(plan.cut(image).pieces) if i != 1)
     # The second has no text, so it has no place either.
-    assert f"Milk{milk}\nBread{bread}2.40{price}How much?" in text
+    assert f"Milk{milk}\t\nBread{bread}\t2.40{price}\nWhere?" in text and milk.startswith("[[")
+    # No place is told where none is asked for, in no turn.
+    turns = [user(image, "How much?"), assistant("1.20"), user("And all?")]
+    text = processor.decode(processor.encode(turns).input_ids)
+    assert "Milk\t\nBread\t2.40\nHow much?" in text
+    turns[2] = user("Find it.")
+    assert f"Milk{milk}\t\nBread" in processor.decode(processor.encode(turns).input_ids)
     starts = np.flatnonzero(np.diff(made.token_type_ids) == 1)
     assert len(starts) == 2  # image blocks
     with pytest.raises(ConfigError, match=r"cogvlm\.open_model"):

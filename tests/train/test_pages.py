@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cogvlm.config import preset
+from cogvlm.data.engine.questions import PLACES
 from cogvlm.data.engine.step import Picture, Piece, Sample, Truth, Turn
 from cogvlm.errors import ConfigError
 from cogvlm.processor import Processor
@@ -22,10 +23,11 @@ from cogvlm.reader import StripReader
 from cogvlm.train.align import AlignObjective, CellPieces, ReaderWithAdapter, cells_of
 from cogvlm.train.answer import Prompt
 from cogvlm.train.distributed import World
-from cogvlm.train.instruct import InstructObjective, Seen, Spelled, words_as_read
+from cogvlm.train.instruct import InstructObjective, Spelled
 from cogvlm.train.lines import Row, Sheet
 from cogvlm.train.loop import Loop, Schedule
 from cogvlm.train.pages import Block, Page, PageData, Pages, rows_of
+from cogvlm.train.quote import Reading
 from cogvlm.train.read import decode_columns
 from cogvlm.train.recipe import load
 from cogvlm.train.stages import grown, pixel_plan
@@ -207,12 +209,13 @@ def test_conversations_are_the_processors_own_but_for_the_spelling() -> None:
     assert [i for i in short[0].tolist() if i >= 0] == [ord("a"), ord("b"), 2]
 
 
-def test_pages_that_are_read_are_the_processors_own() -> None:
+@pytest.mark.parametrize("question", ["What is it?", "Where is it?"])
+def test_pages_that_are_read_are_the_processors_own(question: str) -> None:
     font = ImageFont.load_default(28)
     image = Image.new("RGB", (420, 160), (240, 240, 240))
     for y, text in ((10, "Milk"), (60, "Bread and"), (110, "Butter")):
         ImageDraw.Draw(image).text((12, y), text, fill=(0, 0, 0), font=font)
-    told = (Turn("user", "<image>\nWhere?"), Turn("assistant", "[[000,000,100,100]]"))
+    told = (Turn("user", f"<image>\n{question}"), Turn("assistant", "nowhere"))
     sample = Sample(
         "a", "list", "made-up", "CC0-1.0", (Picture.of(image, Truth("")),), told, seed=1
     )
@@ -231,6 +234,7 @@ def test_pages_that_are_read_are_the_processors_own() -> None:
     ours = objective.conversation(made)
     theirs = processor.encode(sample.record().messages, train=True)
     assert len(made.blocks) == 3 and len(ours["pixel_values"]) == 2
+    assert ("[[" in processor.decode(theirs.input_ids)) == question.startswith("Where")
     for name, array in (("input_ids", theirs.input_ids), ("labels", theirs.labels)):
         assert ours[name][0].tolist() == array.tolist()  # type: ignore[union-attr]
     assert objective.length(made) > 20
@@ -246,13 +250,52 @@ def test_pages_that_are_read_are_the_processors_own() -> None:
 
 def test_answers_quote_what_was_read() -> None:
     made = page(words(26, "Milk", "bread", "Butter"))
-    known = words_as_read(made.blocks, ["Nilk bread Butter"])
-    assert known == {"Milk": "Nilk"}
-    seen = Seen((), "Nilk bread[[010,010,500,300]]\n", known)
-    assert seen.quoted('"Milk" comes\nbefore Milk.') == '"Nilk" comes\nbefore Nilk.'
-    assert seen.quoted("at [[012,010,490,300]], Milkman") == "at [[010,010,500,300]], Milkman"
-    assert words_as_read(made.blocks, ["Nilkbread Butter"]) == {}  # other words: not clear
-    assert words_as_read(made.blocks, ["xyz bread Butter"]) == {}  # nothing of it was read
+    blocks = [replace(made.blocks[0], behind="\n", place="[[010,010,500,300]]")]
+    reading = Reading.of(blocks, ["Nilk bread Butter"])
+    assert reading.otherwise == {"Milk": "Nilk"} and not reading.lost
+    assert reading.answer("", '"Milk" comes\nbefore Milk.') == '"Nilk" comes\nbefore Nilk.'
+    said = reading.answer("where is", "Milkman is at [[012,010,490,300]].")
+    assert said == "Milkman is at [[010,010,500,300]]."
+    assert reading.answer("where is", "at [[600,010,690,300]]") is None  # was not told
+    assert reading.answer("read", "Milk bread\nButter") == "Nilk bread Butter"
+    assert reading.answer("read", "another text") is None
+    for read in ("Nilkbread Butter", "xyz bread Butter"):  # other words; nothing of it was read
+        lost = Reading.of(blocks, [read])
+        assert not lost.otherwise and "Milk" in lost.lost
+        assert lost.answer("read a word", "Milk") is None
+        assert lost.answer("", "Butter") == "Butter"
+
+
+def test_what_was_not_read_is_not_asked() -> None:
+    made = page(words(26, "Milk", "bread", "Butter"))
+    turns = [Turn(role, text) for pair in (
+        ("<image>\nWhat is the first word?", "Milk"), ("And the last?", "Butter"),
+        ("Where is it?", "[[900,900,990,990]]"), ("What is this?", "A page of text."),
+    ) for role, text in zip(("user", "assistant"), pair, strict=True)]  # fmt: skip
+    told = replace(
+        made.sample, turns=tuple(turns), tasks=("a word", "a word", "where is", "caption")
+    )
+    kept = Reading.of(made.blocks, ["xyz bread Butter"]).conversation(told)
+    assert [turn.text for turn in kept.turns] == [
+        "<image>\nAnd the last?", "Butter", "What is this?", "A page of text.",
+    ]  # fmt: skip
+    nothing = Reading.of(made.blocks, [""]).conversation(
+        replace(told, turns=told.turns[:4], tasks=())
+    )
+    assert nothing.turns == told.turns[:2]  # something must be asked
+
+
+def test_a_share_of_pages_is_asked_about_places() -> None:
+    plan = LinePixels(14, (4, 1), 4, 64)
+    tasks = {
+        share: [
+            {*Pages(PageData("list", turns=9, places=share), plan, 3, False)[i].sample.tasks}
+            for i in range(8)
+        ]
+        for share in (0.0, 0.5, 1.0)
+    }
+    some = {share: [bool(each & {*PLACES}) for each in found] for share, found in tasks.items()}
+    assert sum(some[0.0]) == 0 < sum(some[0.5]) < sum(some[1.0])
 
 
 def test_processes_divide_a_step() -> None:

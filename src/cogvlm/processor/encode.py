@@ -22,8 +22,8 @@ from PIL import Image as PILImage
 
 from ..errors import CheckpointError, ConfigError, InputError, MessageError, refuse_unknown
 from .image import ImageLimits, Pixels, SquarePixels, load_image, pixels_from_dict
-from .lines import LinePixels, Straight, read_out
-from .messages import Image, ImageSource, Message, Video
+from .lines import LinePixels, Straight, asks_for_places, joined, read_out
+from .messages import Image, ImageSource, Message, Text, Video
 from .template import BOS, EOS, ImageSlot, Plain, Segment, Special, Template, get_template
 from .tokenizer import Tokenizer, read_json, tokenizer_of
 from .video import FramePixels, VideoLimits, VideoPlan, load_video
@@ -144,7 +144,8 @@ class Processor:
         labels: list[int] = []
         pixel_values: list[NDArray[np.float32]] = []
         large: list[NDArray[np.float32]] = []
-        for segment in self._expand(segments):
+        placed = asks_for_places(asked(messages))
+        for segment in self._expand(segments, placed):
             if isinstance(segment, ImageSlot):
                 image = self._image(segment)
                 pixel_values.append(self.pixels(image))
@@ -214,13 +215,14 @@ class Processor:
                 "class CogVLMVideoForCausalLM (CogVLM2-Video, cogvlm2-llama3-caption) take videos"
             )
 
-    def _expand(self, segments: Sequence[Segment]) -> Iterator[Segment]:
+    def _expand(self, segments: Sequence[Segment], placed: bool) -> Iterator[Segment]:
         """For a video model, the frames of every film, numbered where its plan says so; a picture
-        is a film of one frame there.  For one that reads lines, the pieces of every picture.
+        is a film of one frame there.  For one that reads lines, the pieces of every picture, with
+        their places or without.
         """
         for segment in segments:
             if isinstance(segment, ImageSlot) and isinstance(self.pixels, LinePixels):
-                yield from self._pieces(self._image(segment), self.pixels)
+                yield from self._pieces(self._image(segment), self.pixels, placed)
                 continue
             if self.video is None or not isinstance(segment, ImageSlot):
                 yield segment
@@ -230,7 +232,7 @@ class Processor:
                 if self.video.numbered:
                     yield Plain(str(i))
 
-    def _pieces(self, image: PILImage.Image, plan: LinePixels) -> Iterator[Segment]:
+    def _pieces(self, image: PILImage.Image, plan: LinePixels, placed: bool) -> Iterator[Segment]:
         """The pieces of a picture, shown or read or both, and what stands between them."""
         straight = plan.cut(image)
         texts, shown = [""] * len(straight.pieces), len(straight.pieces)
@@ -239,7 +241,11 @@ class Processor:
         for number, (text, piece) in enumerate(zip(texts, straight.pieces, strict=True)):
             if number < shown:
                 yield ImageSlot(Image(straight.crop(piece)))
-            behind = piece.behind if plan.shown is None else read_out(text, piece.behind)
+            place = piece.place if placed else ""
+            if plan.shown is None:
+                behind = place + piece.behind
+            else:
+                behind = read_out(text, piece.behind, place)
             if behind:
                 yield Plain(behind)
 
@@ -256,9 +262,7 @@ class Processor:
         if not isinstance(plan, LinePixels) or plan.shown is None:
             raise ConfigError("this model has no head that reads lines of print; ask it instead")
         straight = plan.cut(load_image(source, self.limits))
-        parts = zip(self._texts(straight, plan), straight.pieces, strict=True)
-        said = "".join(text + piece.behind[-1:] for text, piece in parts)
-        return "\n".join(line.strip() for line in said.splitlines() if line.strip())
+        return joined(self._texts(straight, plan), [p.behind for p in straight.pieces])
 
     def _texts(self, straight: Straight, plan: LinePixels) -> list[str]:
         """What each piece of a picture says."""
@@ -304,6 +308,17 @@ class Processor:
         if found is None:
             raise ConfigError(f"the tokenizer has no {segment.token} token; set its {EOS}_id")
         return [found]
+
+
+def asked(messages: Sequence[Message]) -> list[str]:
+    """The texts of all questions."""
+    return [
+        part.text
+        for message in messages
+        if message.role == "user"
+        for part in message.parts
+        if isinstance(part, Text)
+    ]
 
 
 def _int64(values: list[int]) -> Ids:

@@ -12,19 +12,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Ink = NDArray[np.bool_]  # bool[H, W]: an edge is here
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 Ints = NDArray[np.int64]
 
 _LARGEST = 200  # shapes that are looked into
 
 
-def ink_of(image: Image.Image) -> Ink:
-    """Where the picture's brightness jumps: print, in any colours on any smooth ground."""
+def ink_of(image: Image.Image, least: float = 0.3) -> Ink:
+    """Where the picture's brightness jumps: print, in any colours on any smooth ground.
+
+    Args:
+        least: the jump, as a share of what the strongest hundredth is.
+    """
     grey = np.asarray(image.convert("L"), dtype=np.int16)
     edge = np.zeros(grey.shape, np.int16)
     edge[:, 1:] = np.abs(np.diff(grey, axis=1))
     edge[1:] = np.maximum(edge[1:], np.abs(np.diff(grey, axis=0)))
     strong = float(np.percentile(edge, 99)) if edge.size else 0.0
-    return np.asarray(edge > max(24.0, 0.3 * strong))
+    return np.asarray(edge > max(80.0 * least, least * strong))
 
 
 def without_rules(ink: Ink) -> Ink:
@@ -70,6 +75,33 @@ def without_figures(ink: Ink) -> Ink:
     for k in np.flatnonzero(drawn[runs.shape]):
         left[runs.row[k], runs.start[k] : runs.end[k]] = False
     return left
+
+
+def frames_of(image: Image.Image) -> list[Box]:
+    """Boxes drawn about something: shapes with ink along most of all four sides.
+
+    The edges of a coloured area are such a shape too.
+    """
+    ink = ink_of(image, least=0.12)  # frames are fainter than print
+    runs = _Runs.of(ink)
+    if not len(runs.row):
+        return []
+    shapes = runs.shapes()
+    height, width = shapes.y1 - shapes.y0, shapes.x1 - shapes.x0
+    large = (height > 1.5 * shapes.usual) & (width > 1.5 * shapes.usual)
+    large &= shapes.ink < 0.4 * height * width
+    boxes = np.stack([shapes.x0, shapes.y0, shapes.x1, shapes.y1], 1)[large]
+    largest = np.argsort(-(height * width)[large])[:_LARGEST]
+    found: list[Box] = [tuple(box) for box in boxes[largest].tolist()]
+    return [box for box in found if _is_frame(ink, box)]
+
+
+def _is_frame(ink: Ink, box: Box, least: float = 0.7) -> bool:
+    x0, y0, x1, y1 = box
+    part = ink[y0:y1, x0:x1]
+    rim = max(2, min(6, min(part.shape) // 6))  # corners may be round
+    sides = part[:rim], part[-rim:], part[:, :rim].T, part[:, -rim:].T
+    return all(float(side.any(axis=0).mean()) >= least for side in sides)
 
 
 def letter_height(ink: Ink) -> float:

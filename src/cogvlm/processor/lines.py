@@ -7,8 +7,10 @@ becomes an image block of its own; between blocks stands as text what a reader w
     Milk         1.20        [Milk] \\t [1.20] \\n [Thank you] \\n
     Thank you
 
-With ``places``, the box of every part of a line is in that text, as the grounding models of the
-family write boxes: a strip does not show where on the page it was::
+With ``places``, in conversations that ask for a place, the box of every part of a line is in that
+text, as the grounding models of the family write boxes: a strip does not show where on the page it
+was.  A box is as long as ten words, so other conversations go without.  The box of a part that
+stands alone in a frame is the frame's: that is the button or the field::
 
     [Milk][[050,100,290,480]] \\t [1.20][[750,100,950,480]] \\n [Thank you][[050,520,700,900]] \\n
 
@@ -26,7 +28,8 @@ about letters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,21 +38,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .image import NativePixels
-from .ink import Ink, ink_of, letter_height, without_figures, without_rules
-
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+from .ink import Box, Ink, frames_of, ink_of, letter_height, without_figures, without_rules
 
 _SIDE = 2048  # pixels: larger pictures are made smaller before anything is looked for
 _BLANK, _GAP, _LINE = " ", "\t", "\n"
+_ASKS = re.compile(
+    r"\[\[|\b(?:where|find|locate|location|places?|position|point|click|region|box|boxes|"
+    r"bounding|coordinates?)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a line: where it is in the straightened picture, and what stands behind it."""
+    """A part of a line, or of its text: where it is in the straightened picture."""
 
     box: Box
-    behind: str
-    whole: Box | None = None  # of a part of a line that ends here: its ink
+    behind: str  # a blank, a tab or a newline
+    place: str = ""  # of the part of a line that ends here, in the picture as it was
+    whole: Box | None = None  # the ink of that part
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class LinePixels(NativePixels):
     Attributes:
         longest: width of a strip, in its heights; longer lines are cut between words.
         max_strips: pieces of a picture; the rest is left out.
-        places: whether boxes, in thousandths of the picture, stand behind the parts of lines.
+        places: whether boxes, in thousandths of the picture, stand behind the parts of lines in
+            conversations that ask for places.
         shown: pieces of a picture that are shown; all are read.  None: all are shown, none is read.
     """
 
@@ -95,8 +103,10 @@ class LinePixels(NativePixels):
             ink = print_of(image)
         pieces = self._pieces(ink)
         if self.places:
+            parts = [p.whole for p in pieces if p.whole]
+            around = framed(parts, frames_of(image))
             pieces = [
-                replace(p, behind=_where(p.whole, image.size, angle) + p.behind) if p.whole else p
+                replace(p, place=_where(around[p.whole], image.size, angle)) if p.whole else p
                 for p in pieces
             ]
         if not pieces:
@@ -118,7 +128,7 @@ class LinePixels(NativePixels):
                 for k, strip in enumerate(strips):
                     last = k + 1 == len(strips)
                     behind = _BLANK if not last else _GAP if number + 1 < len(line) else _LINE
-                    pieces.append(Piece(strip, behind, box if last else None))
+                    pieces.append(Piece(strip, behind, whole=box if last else None))
         return pieces
 
     def _strips(self, ink: Ink, box: Box, usual: list[int]) -> Iterator[Box]:
@@ -137,13 +147,51 @@ class LinePixels(NativePixels):
             yield max(0, x0 + a - side), top, min(width, x0 + b + side), bottom
 
 
-def read_out(text: str, behind: str) -> str:
+def asks_for_places(questions: Iterable[str]) -> bool:
+    """Whether any question needs to know where things are.
+
+    >>> asks_for_places(["Who?", "Find the date."]), asks_for_places(["What is the date?"])
+    (True, False)
+    """
+    return any(_ASKS.search(question) for question in questions)
+
+
+def read_out(text: str, behind: str, place: str = "") -> str:
     """What stands behind a piece that was read; the place of one without text is left out.
 
-    >>> read_out("Milk", "[[050,100,290,480]]\\n"), read_out("", "[[050,100,290,480]]\\n")
+    >>> read_out("Milk", "\\n", "[[050,100,290,480]]"), read_out("", "\\n", "[[050,100,290,480]]")
     ('Milk[[050,100,290,480]]\\n', '\\n')
     """
-    return text + behind if text else behind[-1:]
+    return text + place + behind if text else behind
+
+
+def joined(texts: Sequence[str], behinds: Sequence[str]) -> str:
+    """The text of all pieces, without what is empty.
+
+    >>> joined(["Milk", "1.20", "", "Bread"], ["\\t", "\\n", "\\n", "\\n"])
+    'Milk\\t1.20\\nBread'
+    """
+    said = "".join(text + behind for text, behind in zip(texts, behinds, strict=True))
+    return "\n".join(line.strip() for line in said.splitlines() if line.strip())
+
+
+def framed(parts: Sequence[Box], frames: Sequence[Box]) -> dict[Box, Box]:
+    """The frame about every part that stands alone in one, else the part itself.
+
+    >>> framed([(10, 10, 50, 20), (10, 40, 50, 50)], [(5, 5, 80, 25), (0, 0, 99, 99)])
+    {(10, 10, 50, 20): (5, 5, 80, 25), (10, 40, 50, 50): (10, 40, 50, 50)}
+    """
+    found = {part: part for part in parts}
+    for frame in sorted(frames, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]), reverse=True):
+        inside = [part for part in parts if _holds(frame, part)]
+        if len(inside) == 1 and frame[3] - frame[1] <= 5 * (inside[0][3] - inside[0][1]):
+            found[inside[0]] = frame
+    return found
+
+
+def _holds(frame: Box, part: Box) -> bool:
+    x, y = (part[0] + part[2]) / 2, (part[1] + part[3]) / 2
+    return frame[0] <= x <= frame[2] and frame[1] <= y <= frame[3]
 
 
 def guessed(strips: Sequence[NDArray[np.float32]]) -> list[str]:

@@ -12,28 +12,26 @@ of quoting it.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from difflib import SequenceMatcher
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..processor.lines import LinePixels, read_out
+from ..processor.encode import asked
+from ..processor.lines import LinePixels, asks_for_places, read_out
 from ..processor.template import ImageSlot, Plain
-from ..score import anls, boxes, iou
+from ..score import anls
 from .align import Cells, cells_of
 from .answer import AnswerObjective
-from .ctc import text_of
 from .distributed import World
 from .lines import LineBatch, Pixels, Row
 from .loop import Pieces
 from .pages import Block, Page, Pages
+from .quote import Reading
 
 Inputs = dict[str, Any]
-_PLACE = re.compile(r"\[\[\d+,\d+,\d+,\d+\]\]")
 _QUOTES = "\"'.,;:?!"  # what may stand around a word that is quoted
 LINE = 40  # tokens of a line and its answer, about
 
@@ -123,25 +121,30 @@ class InstructObjective(AnswerObjective):
 
     def conversation(self, page: Page, answer: bool = True) -> Inputs:
         """Arguments of the model for a page's conversation, or the first question of it alone."""
+        texts = cut = None
+        if self.shown is None:
+            cut = Spelled(page.blocks, (self.cell[0], self.cell[1]))
+        else:
+            texts = self._spell([block.pixels for block in page.blocks])
+            if answer:
+                told = Reading.of(page.blocks, texts).conversation(page.sample)
+                page = replace(page, sample=told)
         messages = page.sample.record().messages
         messages = messages if answer else messages[:1]
+        placed = asks_for_places(asked(messages))
         ids: list[int] = []
         types: list[int] = []
         labels: list[int] = []
-        seen = Seen()
-        cut = None if self.shown is not None else Spelled(page.blocks, (self.cell[0], self.cell[1]))
+        shown: Sequence[Block] = ()
         end = 0  # of the last answer that is kept
         for segment in self.processor.template.segments(messages, answer):
             if isinstance(segment, ImageSlot):
-                seen = self._present(page, ids, types)
+                shown = self._present(page, texts, placed, ids, types)
                 labels += [-100] * (len(ids) - len(labels))
                 continue
             new, learnt = self.processor.words(segment), segment.labelled
-            if isinstance(segment, Plain) and segment.labelled:
-                if cut is not None:
-                    new = self.spell(segment.text, cut)
-                else:
-                    new = self.processor.tokenizer.encode(seen.quoted(segment.text))
+            if isinstance(segment, Plain) and learnt and cut is not None:
+                new = self.spell(segment.text, cut)
             if end and len(ids) + len(new) > self.longest:
                 break
             ids += new
@@ -153,7 +156,7 @@ class InstructObjective(AnswerObjective):
         if answer:
             arrays["labels"] = labels
         tensors: Inputs = {k: torch.tensor([v[:kept]]).to(self.device) for k, v in arrays.items()}
-        pixels = [torch.from_numpy(block.pixels).to(self.device) for block in seen.shown]
+        pixels = [torch.from_numpy(block.pixels).to(self.device) for block in shown]
         return {**tensors, "pixel_values": pixels}
 
     def readings(self, batch: LineBatch) -> list[str]:
@@ -174,26 +177,32 @@ class InstructObjective(AnswerObjective):
         texts: list[str] = self.trained.model.vision.spell(strips)
         return texts
 
-    def _present(self, page: Page, ids: list[int], types: list[int]) -> Seen:
-        """Put the places of a page's blocks, and the text behind each, at the end."""
-        texts, shown = [""] * len(page.blocks), page.blocks
-        if self.shown is not None:
-            texts = self._spell([block.pixels for block in page.blocks])
-            shown = shown[: self.shown]
-        for number, (block, text) in enumerate(zip(page.blocks, texts, strict=True)):
+    def _present(
+        self,
+        page: Page,
+        texts: Sequence[str] | None,
+        placed: bool,
+        ids: list[int],
+        types: list[int],
+    ) -> Sequence[Block]:
+        """Put the places of a page's blocks, and the text behind each, at the end; those that are
+        shown.
+        """
+        shown = page.blocks if texts is None else page.blocks[: self.shown]
+        for number, block in enumerate(page.blocks):
             if number < len(shown):
                 height, width = block.pixels.shape[1:]
                 count = (height // self.cell[0]) * (width // self.cell[1]) + 2
                 ids += [self.processor.image_token_id] * count
                 types += [1] * count
-            told = block.behind if self.shown is None else read_out(text, block.behind)
+            place = block.place if placed else ""
+            told = place + block.behind
+            if texts is not None:
+                told = read_out(texts[number], block.behind, place)
             behind = self.processor.tokenizer.encode(told) if told else []
             ids += behind
             types += [0] * len(behind)
-        if self.shown is None:
-            return Seen(shown)
-        places = "".join(block.behind for block in page.blocks)
-        return Seen(shown, places, words_as_read(page.blocks, texts))
+        return shown
 
     def spell(self, text: str, spelled: Spelled) -> list[int]:
         """Ids of an answer: words that stand on the page as its cells cut them."""
@@ -270,61 +279,3 @@ class Spelled:
             before, _, after = word.partition(bare)
             found = found and [*([before] * bool(before)), *found, *([after] * bool(after))]
         return found
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the language model is given of a page.
-
-    Answers quote that, not what truly stands there: a model that was taught to mend what was
-    misread says other words also where nothing was.
-    """
-
-    shown: Sequence[Block] = ()
-    told: str = ""  # what stands behind the blocks, with its places
-    read: dict[str, str] = field(default_factory=dict)  # words that were read otherwise
-
-    def quoted(self, text: str) -> str:
-        """An answer with words and places as they were told.
-
-        >>> Seen(read={"Milk": "Nilk"}).quoted('The first word is "Milk".')
-        'The first word is "Nilk".'
-        """
-        lines = snapped(text, self.told).split("\n")
-        return "\n".join(" ".join(map(self._word, line.split(" "))) for line in lines)
-
-    def _word(self, word: str) -> str:
-        bare = word.strip(_QUOTES)
-        if word in self.read or not bare:
-            return self.read.get(word, word)
-        return word.replace(bare, self.read.get(bare, bare))
-
-
-def words_as_read(blocks: Sequence[Block], texts: Sequence[str]) -> dict[str, str]:
-    """Words of a page that were read otherwise, where each of a strip has its own."""
-    out: dict[str, str] = {}
-    for block, text in zip(blocks, texts, strict=True):
-        truth, read = text_of(block).split(), text.split()
-        if len(truth) != len(read):
-            continue
-        for word, said in zip(truth, read, strict=True):
-            if word != said and SequenceMatcher(None, word, said).ratio() > 0.5:
-                out.setdefault(word, said)
-    return out
-
-
-def snapped(text: str, told: str, least: float = 0.5) -> str:
-    """An answer whose places are those that were told, where one overlaps by ``least`` or more.
-
-    >>> snapped("It is at [[100,100,202,200]].", "a[[103,100,200,200]]\\nb[[500,100,600,200]]")
-    'It is at [[103,100,200,200]].'
-    """
-    known = _PLACE.findall(told)
-
-    def nearest(found: re.Match[str]) -> str:
-        (own,) = boxes(found.group())
-        shares = {one: iou(own, boxes(one)[0]) for one in known}
-        best = max(known, key=shares.__getitem__, default="")
-        return best if best and shares[best] >= least else found.group()
-
-    return _PLACE.sub(nearest, text)

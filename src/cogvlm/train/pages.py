@@ -24,6 +24,7 @@ from ..data.engine.compose import Compose
 from ..data.engine.corpus import read_corpus
 from ..data.engine.faces import find_faces
 from ..data.engine.pages import Setting
+from ..data.engine.questions import PLACES
 from ..data.engine.render import Render, choose_kinds
 from ..data.engine.step import Item, Picture, Piece, Sample, Truth
 from ..errors import ConfigError
@@ -46,6 +47,7 @@ class PageData:
     strength: float = 0.4  # of the damage, 0 to 1
     trim: float = 0.8  # chance that empty margins are mostly cut off
     turns: int = 0  # most questions about a page; 0: none are asked
+    places: float = 1.0  # chance that places may be among what is asked about a page
     without: tuple[str, ...] = ()  # tasks that are never set, see data/engine/questions.py
     per_step: int = 8
     texts: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class Block:
     pixels: Pixels  # float32[3, H, W]
     rows: tuple[Row, ...]
     behind: str = ""
+    place: str = ""  # of the part of a line that ends here
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,11 @@ class Pages(Dataset[Page]):
         """Page ``index``; what cannot be spelled in ASCII is passed over."""
         items: Iterable[Item] = map(self._trimmed, self.maker.items(index))
         if self.data.turns:
+            placed = np.random.default_rng((self.seed, index, 3)).random() < self.data.places
+            without = {*self.data.without, *(() if placed else PLACES)}
             ask = Compose(
                 self.data.turns, text_only=0, pairs=0, held_out=self.held_out,
-                without=frozenset(self.data.without),
+                without=frozenset(without),
             )  # fmt: skip
             items = ask(items)
         for item in items:
@@ -161,13 +166,15 @@ def truth_of(sample: Sample) -> Truth:
     return sample.pictures[0].truth
 
 
-def _block(plan: NativePixels, image: Image.Image, rows: Iterable[Row], behind: str = "") -> Block:
+def _block(
+    plan: NativePixels, image: Image.Image, rows: Iterable[Row], behind: str = "", place: str = ""
+) -> Block:
     """A picture and its lines on the grid of the plan."""
     high, wide = plan.grid(*image.size)
     width, height = wide * plan.patch, high * plan.patch
     stretch = np.array([width / image.width, height / image.height], np.float32)
     lines = tuple(Row(r.text, r.points * stretch) for r in rows)
-    return Block(normalise(image, width, height), lines, behind)
+    return Block(normalise(image, width, height), lines, behind, place)
 
 
 def _strips(plan: LinePixels, image: Image.Image, rows: Sequence[Row]) -> Iterator[Block]:
@@ -184,7 +191,7 @@ def _strips(plan: LinePixels, image: Image.Image, rows: Sequence[Row]) -> Iterat
             if len(here):
                 text = "".join(row.text[i] for i in here)
                 found.append(Row(text, row.points[here] - np.array([x0, y0], np.float32)))
-        yield _block(plan, straight.crop(piece), found, piece.behind)
+        yield _block(plan, straight.crop(piece), found, piece.behind, piece.place)
 
 
 # --- where characters stand --------------------------------------------------------------------

@@ -27,6 +27,9 @@ _COLUMNS: dict[str, Callable[[Random], str]] = {
     "Day": lambda rng: words.pick(rng, words.DAYS),
     "Paid": lambda rng: words.pick(rng, ("yes", "no")),
     "Contact": words.name,
+    "Description": words.remark,
+    "Meaning": words.remark,
+    "Remark": words.remark,
 }
 _FIRST: dict[str, Callable[[Random, int], Sequence[str]]] = {
     "Name": lambda rng, n: [f"{a} {b}" for a, b in zip(
@@ -36,6 +39,10 @@ _FIRST: dict[str, Callable[[Random, int], Sequence[str]]] = {
     "City": lambda rng, n: words.several(rng, words.CITIES, n),
     "Company": lambda rng, n: words.several(rng, words.COMPANIES, n),
     "Month": lambda rng, n: words.MONTHS[:n],
+    "Option": lambda rng, n: [f"--{verb}" for verb in words.several(rng, words.VERBS, n)],
+    "Command": lambda rng, n: words.several(rng, words.VERBS, n),
+    "Field": lambda rng, n: [w.capitalize() for w in words.several(rng, words.THINGS, n)],
+    "Term": lambda rng, n: [w.capitalize() for w in words.several(rng, words.COMMON, n)],
 }  # fmt: skip
 _NUMERIC = ("Amount", "Count", "Share", "Year", "Score")
 

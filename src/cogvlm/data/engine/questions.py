@@ -11,6 +11,11 @@ from .step import Fact, Picture, Piece, Random
 from .wording import ASK, YES_NO
 
 LONGEST = 1200  # characters of an answer
+PLACES = (
+    "read a place", "where is", "what is at", "click", "where is text", "where is a line",
+    "where are",
+)  # fmt: skip
+"""Tasks of boxes."""
 _NAMED = ("button", "field", "link", "bar", "slice", "object", "box")
 
 
@@ -88,13 +93,9 @@ def about(fact: Fact, rng: Random) -> Ask | None:
             f'The field "{fact.name}" is empty.',
         )
     if fact.of:
-        question = words.pick(
-            rng, ("What is the {n} of {o}?", "{o}: what is the {n}?", "Give the {n} of {o}.")
-        ).format(n=name, o=fact.of)
+        question = words.pick(rng, ASK["value"]).format(n=name, o=fact.of)
         return Ask("value", question, fact.value, f"The {name} of {fact.of} is {fact.value}.")
-    question = words.pick(rng, ("What is the {n}?", "Which {n} is given?", "Find the {n}.")).format(
-        n=name
-    )
+    question = words.pick(rng, ASK["fact"]).format(n=name, N=name[0].upper() + name[1:])
     return Ask("document", question, fact.value, f"The {name} is {fact.value}.")
 
 
@@ -225,6 +226,7 @@ def _about_table(picture: Picture, rng: Random) -> list[Ask]:
         ),
     ]
     column = int(rng.integers(1, len(head)))
+    pool += _about_row(table, column, rng)
     numbers = [_as_number(row[column]) for row in rows]
     if len(rows) > 1 and all(n is not None for n in numbers):
         i, j = (int(v) for v in rng.permutation(len(rows))[:2])
@@ -252,6 +254,24 @@ def _about_table(picture: Picture, rng: Random) -> list[Ask]:
         pool.append(
             Ask("sum", f"What is the sum of {head[column]}?", total, f"The sum is {total}.")
         )
+    return pool
+
+
+def _about_row(table: tuple[tuple[str, ...], ...], column: int, rng: Random) -> list[Ask]:
+    """From a value back to its row, and what stands under and beside a cell."""
+    head, rows = table[0], table[1:]
+    pool = []
+    counts = Counter(cell for row in rows for cell in row)
+    known = [row for row in rows if counts[row[column]] == counts[row[0]] == 1]
+    if known:
+        name, value = (words.pick(rng, known)[c] for c in (0, column))
+        question = words.pick(rng, ASK["row"]).format(h=head[0], n=head[column], v=value)
+        pool.append(Ask("which row", question, name, f"{name} has the {head[column]} {value}."))
+    alone = [row for row in rows if counts[row[0]] == 1]
+    if alone:
+        row = words.pick(rng, alone)
+        question = words.pick(rng, ASK["beside"]).format(o=row[0])
+        pool.append(Ask("beside", question, row[1], f'"{row[1]}" stands beside "{row[0]}".'))
     return pool
 
 

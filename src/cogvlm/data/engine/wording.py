@@ -19,6 +19,23 @@ ASK = {
         "Write out the table.", "Give all values as a table.", "List the data behind the picture.",
     ),
     "latex": ("Write this page as LaTeX.", "Give the LaTeX source."),
+    "value": (
+        "What is the {n} of {o}?", "{o}: what is the {n}?", "Give the {n} of {o}.",
+        "What {n} is listed for {o}?", "Which {n} does {o} have?", 'What is the {n} for "{o}"?',
+        "In the row {o}, what is the {n}?", 'What stands under {n} for "{o}"?',
+    ),
+    "fact": (
+        "What is the {n}?", "Which {n} is given?", "Find the {n}.", "What {n} does it show?",
+        "{N}?", "Tell me the {n}.", "What does it say for {n}?",
+    ),
+    "row": (
+        "Which {h} has the {n} {v}?", "Whose {n} is {v}?", 'What has "{v}" as its {n}?',
+        "{n} {v}: which {h} is it?",
+    ),
+    "beside": (
+        'What stands beside "{o}"?', 'What is listed for "{o}"?', 'What does it say about "{o}"?',
+        'What comes after "{o}" in its row?',
+    ),
     "formula": ("Write the formula as LaTeX.", "What is the formula in LaTeX?"),
 }  # fmt: skip
 

@@ -118,6 +118,31 @@ COMMON = listed(
     where, which, while, without, word, world, write, year
     """
 )
+VERBS = listed(
+    """
+    shows, opens, prints, removes, adds, moves, checks, copies, saves, sends, finds, sorts, sets,
+    counts, reads, writes, joins, splits, hides, repeats, starts, stops, needs, lists, locks, uses
+    """
+)
+ADJECTIVES = listed(
+    """
+    current, first, last, new, old, whole, main, local, default, empty, hidden, selected, remote,
+    short, long, other, next, previous, given, shared, public, private, daily, annual, average
+    """
+)
+THINGS = listed(
+    """
+    file, folder, page, line, list, value, name, record, report, account, user, message, printer,
+    screen, window, window title, key, address, order, item, amount, balance, device, package,
+    version, number, password, script, menu, picture, table, note, date, time, price, address book
+    """
+)
+TAILS = listed(
+    """
+    by name, at once, if needed, of the group, in the list, on request, before use, for all users,
+    from the archive, to the server, without asking, every day, only once, at the end
+    """
+)
 ZH_SIGNS = listed(
     """
     出口, 入口, 禁止停车, 小心地滑, 请勿吸烟, 洗手间, 售票处, 欢迎光临, 营业中,
@@ -147,6 +172,14 @@ def several(rng: Random, among: Sequence[T], count: int) -> list[T]:
 def name(rng: Random) -> str:
     """A person's."""
     return f"{pick(rng, FIRST)} {pick(rng, LAST)}"
+
+
+def remark(rng: Random) -> str:
+    """A few words, as tables explain things with."""
+    if rng.random() < 0.3:
+        return f"{pick(rng, ADJECTIVES)} {pick(rng, THINGS)}".capitalize()
+    tail = f" {pick(rng, TAILS)}" if rng.random() < 0.3 else ""
+    return f"{pick(rng, VERBS)} the {pick(rng, ADJECTIVES)} {pick(rng, THINGS)}{tail}".capitalize()
 
 
 def date(rng: Random) -> str:
