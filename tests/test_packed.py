@@ -143,7 +143,8 @@ def test_blocks_may_run_across_rows_and_end_early(
     at_once = layer(x)
     assert torch.equal(at_once, x @ layer.weight.t() + layer.bias)
     monkeypatch.setattr(layers, "_SLAB", 1)  # as few rows at a time as blocks allow
-    torch.testing.assert_close(layer(x), at_once, rtol=1e-6, atol=1e-6)
+    # Sums of 96 products may be added up in another order.
+    torch.testing.assert_close(layer(x), at_once, rtol=1e-5, atol=1e-5)
     assert layer(x.bfloat16().float()).dtype == torch.float32
 
 

@@ -66,11 +66,11 @@ class Reading:
     def answer(self, task: str, text: str) -> str | None:
         """An answer in the words that were read; none where it cannot be known.
 
-        >>> reading = Reading("Nilk 2", otherwise={"Milk": "Nilk"}, lost=frozenset({"Bread"}))
+        >>> reading = Reading("Nilk 2 3", otherwise={"Milk": "Nilk"}, lost=frozenset({"Bread"}))
         >>> reading.answer("next word", 'The first word is "Milk".')
         'The first word is "Nilk".'
-        >>> reading.answer("next word", "Bread"), reading.answer("read", "Milk 2")
-        (None, 'Nilk 2')
+        >>> reading.answer("next word", "Bread"), reading.answer("read", "Milk 2 3")
+        (None, 'Nilk 2 3')
         """
         if task == "read":
             alike = SequenceMatcher(None, text.split(), self.text.split(), autojunk=False).ratio()
