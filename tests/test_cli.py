@@ -162,7 +162,6 @@ from cogvlm.cli import main
 from cogvlm.cli.shared import quiet_libraries
 quiet_libraries()  # as the command does, before what is noisy is imported
 import cogvlm.load
-from cogvlm.processor import Processor, load_image
 from engine.toys import scripted
 text = "".join(chr(33 + i * i % 90) for i in range(400))
 cogvlm.load.load = lambda *a, **k: scripted(text, pause=0.02)

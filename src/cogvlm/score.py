@@ -186,17 +186,26 @@ def boxes(text: str) -> list[Box]:
     return found
 
 
+def common(a: Box, b: Box) -> float:
+    """The area that two boxes have in common.
+
+    >>> common((0, 0, 2, 1), (1, 0, 3, 1)), common((0, 0, 1, 1), (2, 2, 3, 3))
+    (1.0, 0.0)
+    """
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return float(max(0.0, width) * max(0.0, height))
+
+
 def iou(a: Box, b: Box) -> float:
     """What two boxes have in common, over what they cover together.
 
     >>> iou((0, 0, 2, 1), (1, 0, 3, 1))
     0.3333333333333333
     """
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    common = max(0.0, width) * max(0.0, height)
+    both = common(a, b)
     areas = [max(0.0, x1 - x0) * max(0.0, y1 - y0) for x0, y0, x1, y1 in (a, b)]
-    return common / (sum(areas) - common) if common else 0.0
+    return both / (sum(areas) - both) if both else 0.0
 
 
 def jaccard(prediction: str, truth: Truth) -> float:

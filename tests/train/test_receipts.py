@@ -31,5 +31,5 @@ def test_a_few_steps_on_receipts_lower_the_loss_on_held_out_ones(
     )
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert losses[0] > 0.5  # it knows totals, but not yet where these shops print them
+    assert losses[0] > 0.7  # it knows totals, but not yet where these shops print them
     assert losses[-1] < 0.6 * losses[0]

@@ -234,19 +234,15 @@ class Processor:
 
     def _pieces(self, image: PILImage.Image, plan: LinePixels, placed: bool) -> Iterator[Segment]:
         """The pieces of a picture, shown or read or both, and what stands between them."""
-        straight = plan.cut(image)
-        texts, shown = [""] * len(straight.pieces), len(straight.pieces)
+        straight = plan.cut(image, placed)
+        texts: Sequence[str | None] = [None] * len(straight.pieces)
         if plan.shown is not None:
-            texts, shown = self._texts(straight, plan), plan.shown
+            texts = self._texts(straight, plan)
+        shown = len(straight.pieces[: plan.shown])
         for number, (text, piece) in enumerate(zip(texts, straight.pieces, strict=True)):
             if number < shown:
                 yield ImageSlot(Image(straight.crop(piece)))
-            place = piece.place if placed else ""
-            if plan.shown is None:
-                behind = place + piece.behind
-            else:
-                behind = read_out(text, piece.behind, place)
-            if behind:
+            if behind := read_out(text, piece.behind, piece.place):
                 yield Plain(behind)
 
     def transcribe(self, source: ImageSource) -> str:
@@ -261,7 +257,7 @@ class Processor:
         plan = self.pixels
         if not isinstance(plan, LinePixels) or plan.shown is None:
             raise ConfigError("this model has no head that reads lines of print; ask it instead")
-        straight = plan.cut(load_image(source, self.limits))
+        straight = plan.cut(load_image(source, self.limits), placed=False)
         return joined(self._texts(straight, plan), [p.behind for p in straight.pieces])
 
     def _texts(self, straight: Straight, plan: LinePixels) -> list[str]:

@@ -90,8 +90,10 @@ class LinePixels(NativePixels):
     places: bool = False
     shown: int | None = None
 
-    def cut(self, image: Image.Image) -> Straight:
-        """Straighten a picture and find its lines."""
+    def cut(self, image: Image.Image, placed: bool = True) -> Straight:
+        """Straighten a picture and find its lines, and where ``places`` and ``placed``, the boxes
+        of their parts.
+        """
         scale = min(1.0, _SIDE / max(image.size))
         if scale < 1:
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -102,7 +104,7 @@ class LinePixels(NativePixels):
             image = turned(image, angle)
             ink = print_of(image)
         pieces = self._pieces(ink)
-        if self.places:
+        if self.places and placed:
             parts = [p.whole for p in pieces if p.whole]
             around = framed(parts, frames_of(image))
             pieces = [
@@ -156,13 +158,15 @@ def asks_for_places(questions: Iterable[str]) -> bool:
     return any(_ASKS.search(question) for question in questions)
 
 
-def read_out(text: str, behind: str, place: str = "") -> str:
-    """What stands behind a piece that was read; the place of one without text is left out.
+def read_out(text: str | None, behind: str, place: str = "") -> str:
+    """What stands behind a piece: what it says, unless nobody read it, its place, and the gap.
+
+    The place of one that was read and says nothing is left out.
 
     >>> read_out("Milk", "\\n", "[[050,100,290,480]]"), read_out("", "\\n", "[[050,100,290,480]]")
     ('Milk[[050,100,290,480]]\\n', '\\n')
     """
-    return text + place + behind if text else behind
+    return behind if text == "" else (text or "") + place + behind
 
 
 def joined(texts: Sequence[str], behinds: Sequence[str]) -> str:

@@ -29,10 +29,9 @@ from .distributed import World
 from .lines import LineBatch, Pixels, Row
 from .loop import Pieces
 from .pages import Block, Page, Pages
-from .quote import Reading
+from .quote import MARKS, Reading
 
 Inputs = dict[str, Any]
-_QUOTES = "\"'.,;:?!"  # what may stand around a word that is quoted
 LINE = 40  # tokens of a line and its answer, about
 
 
@@ -121,13 +120,14 @@ class InstructObjective(AnswerObjective):
 
     def conversation(self, page: Page, answer: bool = True) -> Inputs:
         """Arguments of the model for a page's conversation, or the first question of it alone."""
-        texts = cut = None
+        texts: Sequence[str | None] = [None] * len(page.blocks)
+        cut = None
         if self.shown is None:
             cut = Spelled(page.blocks, (self.cell[0], self.cell[1]))
         else:
-            texts = self._spell([block.pixels for block in page.blocks])
+            texts = read = self._spell([block.pixels for block in page.blocks])
             if answer:
-                told = Reading.of(page.blocks, texts).conversation(page.sample)
+                told = Reading.of(page.blocks, read).conversation(page.sample)
                 page = replace(page, sample=told)
         messages = page.sample.record().messages
         messages = messages if answer else messages[:1]
@@ -180,7 +180,7 @@ class InstructObjective(AnswerObjective):
     def _present(
         self,
         page: Page,
-        texts: Sequence[str] | None,
+        texts: Sequence[str | None],
         placed: bool,
         ids: list[int],
         types: list[int],
@@ -188,17 +188,14 @@ class InstructObjective(AnswerObjective):
         """Put the places of a page's blocks, and the text behind each, at the end; those that are
         shown.
         """
-        shown = page.blocks if texts is None else page.blocks[: self.shown]
-        for number, block in enumerate(page.blocks):
+        shown = page.blocks[: self.shown]
+        for number, (block, text) in enumerate(zip(page.blocks, texts, strict=True)):
             if number < len(shown):
                 height, width = block.pixels.shape[1:]
                 count = (height // self.cell[0]) * (width // self.cell[1]) + 2
                 ids += [self.processor.image_token_id] * count
                 types += [1] * count
-            place = block.place if placed else ""
-            told = place + block.behind
-            if texts is not None:
-                told = read_out(texts[number], block.behind, place)
+            told = read_out(text, block.behind, block.place if placed else "")
             behind = self.processor.tokenizer.encode(told) if told else []
             ids += behind
             types += [0] * len(behind)
@@ -274,7 +271,7 @@ class Spelled:
         A stop or a quotation mark around it need not stand there.
         """
         found = self.known.get(word)
-        if found is None and (bare := word.strip(_QUOTES)):
+        if found is None and (bare := word.strip(MARKS)):
             found = self.known.get(bare)
             before, _, after = word.partition(bare)
             found = found and [*([before] * bool(before)), *found, *([after] * bool(after))]

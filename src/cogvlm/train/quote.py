@@ -17,13 +17,13 @@ from difflib import SequenceMatcher
 
 from ..data.engine.step import Sample, Turn
 from ..processor.lines import joined
-from ..score import boxes, iou
+from ..score import boxes, common, iou
 from .ctc import text_of
 from .pages import Block
 
-IMAGE = "<image>\n"
+_IMAGE = "<image>\n"  # before the first question
 _PLACE = re.compile(r"\[\[\d+,\d+,\d+,\d+\]\]")
-_MARKS = "\"'.,;:?!"  # what may stand around a word that is quoted
+MARKS = "\"'.,;:?!"  # what may stand around a word that is quoted
 _LOST = 0.2  # share of an answer's words
 _ALIKE = 0.6  # of two texts, to be taken for one
 
@@ -58,8 +58,8 @@ class Reading:
             said = self.answer(task, answer.text)
             if said is None:
                 continue
-            asked = question.text.removeprefix(IMAGE)
-            turns.append(replace(question, text=asked if turns else IMAGE + asked))
+            asked = question.text.removeprefix(_IMAGE)
+            turns.append(replace(question, text=asked if turns else _IMAGE + asked))
             turns.append(replace(answer, text=said))
         return replace(sample, turns=tuple(turns or sample.turns[:2]))
 
@@ -76,7 +76,7 @@ class Reading:
             alike = SequenceMatcher(None, text.split(), self.text.split(), autojunk=False).ratio()
             return self.text if alike >= _ALIKE else None
         words = text.split()
-        gone = sum(word in self.lost or word.strip(_MARKS) in self.lost for word in words)
+        gone = sum(word in self.lost or word.strip(MARKS) in self.lost for word in words)
         if gone > _LOST * len(words):
             return None
         placed = snapped(text, self.places)
@@ -86,7 +86,7 @@ class Reading:
         return "\n".join(" ".join(map(self._word, line.split(" "))) for line in lines)
 
     def _word(self, word: str) -> str:
-        bare = word.strip(_MARKS)
+        bare = word.strip(MARKS)
         if word in self.otherwise or not bare:
             return self.otherwise.get(word, word)
         return word.replace(bare, self.otherwise.get(bare, bare))
@@ -135,7 +135,6 @@ def snapped(text: str, told: Sequence[str], least: float = 0.5) -> str | None:
 def _overlap(own: str, told: str) -> float:
     """Of two places; 0.5 where the first lies in the second, a sixth of it or more."""
     (a,), (b,) = boxes(own), boxes(told)
-    both = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     size, room = ((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b))
-    within = both >= 0.9 * size and room <= 6 * size
+    within = common(a, b) >= 0.9 * size and room <= 6 * size
     return max(iou(a, b), 0.5 if within else 0.0)
