@@ -87,7 +87,8 @@ def measure_together(
 ) -> Any:
     """Seconds a token, alone and together; prompts are reused, so that steps are what is timed."""
     asked = settings(tokens)
-    with Engine(loaded, slots=len(prompts)) as engine:
+    # Of one alone the engine also guesses tokens (drafts.py); here a token is a step on both sides.
+    with Engine(loaded, slots=len(prompts), drafts=0) as engine:
 
         def alone(_: int) -> list[Answer]:
             return [finish(engine.submit(prompts[0], asked))]

@@ -113,7 +113,7 @@ def run_on_toy(
     assert module.main() == 0
     line: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["agree"] is True
-    assert all(t["median"] > 0 for t in line["milliseconds"].values())
+    assert all(t["median"] > 0 for t in line.get("milliseconds", {}).values())
     return line
 
 
@@ -205,6 +205,25 @@ def test_a_crowd_is_compared_with_each_of_it_alone(
     assert set(line["not_as_alone"]) == {"2.png", "3.png"}  # the ninth and tenth that were asked
 
 
+def test_guessing_is_compared_on_answers_that_are_the_same(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    picture(0).save(tmp_path / "0.png")
+    rows = [{"image": "0.png", "question": f"{m}?", "metric": m} for m in ("cer", "anls", "anls")]
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--requests", str(requests), "--prompts", "2", "--tokens", "9", "--repeats", "2"]
+    line = run_on_toy(modules["drafts"], options, monkeypatch, capsys)
+    assert {name: kind["prompts"] for name, kind in line["kinds"].items()} == {
+        "read": 1, "ask": 2, "chat": 2,
+    }  # fmt: skip
+    for kind in line["kinds"].values():
+        assert kind["same_answers"] == kind["prompts"]
+        assert 0 <= kind["accepted_tokens"] <= kind["draft_tokens"]
+        assert kind["steps"] + kind["accepted_tokens"] + kind["prompts"] >= kind["generated_tokens"]
+        assert all(t["median"] > 0 for t in kind["milliseconds"].values())
+
+
 def test_a_prompt_without_text_is_refused() -> None:
     done = quick("routing", "--image", "39")
     assert done.returncode == 2
@@ -217,12 +236,14 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     import common
     import crowd
     import decode
+    import drafts
     import released_way
     import routing
     import serving
     import sides
 
-    return {m.__name__: m for m in (common, crowd, decode, released_way, routing, serving, sides)}
+    all_ = (common, crowd, decode, drafts, released_way, routing, serving, sides)
+    return {m.__name__: m for m in all_}
 
 
 @torch.inference_mode()

@@ -102,3 +102,36 @@ def changed(name: str, change: Any) -> Any:
 def test_what_is_not_known_goes_its_own_way(name: str, change: Any) -> None:
     assert name in FAMILIES
     assert not fast.is_known(changed(name, change))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_tokens_of_one_as_step_by_step(name: str, own: bool) -> None:
+    loaded = family(name)
+    runner, plain = ModelRunner(loaded, 2, 0, 0), ModelRunner(loaded, 2, 0, 0)
+    if runner.most_ahead < 2:
+        assert name == "cogagent"
+        return
+    if own:
+        runner._fast = plain._fast = None
+    for prompt in prompts(loaded)[:4]:
+        seat, _ = runner.start(prompt)
+        other, _ = plain.start(prompt)
+        for tokens, kept in (
+            ([50, 61, 72, 83], 2),
+            ([91, 52, 63], 3),
+            ([44, 55], 0),
+            ([66, 77], 1),
+        ):
+            expected = torch.cat([plain.step([other], [token]) for token in tokens])
+            for _ in range(2):  # looking changes nothing
+                found = runner.ahead(seat, tokens)
+                assert_close(found, expected, rtol=0, atol=1e-4)
+            for token in tokens[:kept]:
+                runner.add(seat, token)
+            plain.stop(other)
+            other, _ = plain.start(prompt)
+            for token in seat.added:
+                plain.step([other], [token])
+        plain.stop(other)
+        runner.stop(seat)

@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 
 from cogvlm.engine import GenerationSettings, complete, generate, stream
 from cogvlm.engine.repetition import MAX_UNIT, MIN_COPIES, MIN_TOKENS, Repetition
+from cogvlm.engine.service import DRAFTS
 from cogvlm.errors import ConfigError, InputError, ResourceError
 from cogvlm.processor import user
 from engine.toys import Bytes, scripted, toy_loaded
@@ -80,7 +81,7 @@ def test_leaving_a_stream_stops_the_model() -> None:
     next(pieces)
     pieces.close()
     assert loaded.model.lm_head.step < 50
-    assert not [t for t in threading.enumerate() if t.name == "cogvlm-generate"]
+    assert not [t for t in threading.enumerate() if t.name == "cogvlm-engine"]
 
 
 def test_an_error_in_the_thread_reaches_the_reader() -> None:
@@ -102,7 +103,7 @@ def test_repetition_is_stopped_and_one_copy_kept(unit: str) -> None:
     assert text == pieces.answer.text == "I see " + unit
     assert pieces.answer.stop == "repetition"
     needed = max(MIN_TOKENS, MIN_COPIES * len(unit))
-    assert loaded.model.lm_head.step == len("I see ") + needed
+    assert 0 <= loaded.model.lm_head.step - len("I see ") - needed <= DRAFTS
 
 
 def test_repetition_is_let_be_when_told_so() -> None:
@@ -210,7 +211,7 @@ def test_no_memory_is_one_line_with_a_remedy(error: BaseException) -> None:
         raise error
 
     loaded.model.lm_head.forward = full
-    with pytest.raises(ResourceError, match=r"out of memory with 1 prompts .* smaller") as caught:
+    with pytest.raises(ResourceError, match=r"out of memory with \d+ tokens .* smaller") as caught:
         complete(loaded, [user("Hi")])
     assert "\n" not in str(caught.value)
 

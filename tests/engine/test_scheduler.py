@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cogvlm.engine.drafts import Drafts
 from cogvlm.engine.sampling import Sampler, Sampling
 from cogvlm.engine.scheduler import Request, Scheduler
 from cogvlm.engine.ticket import Ticket
@@ -32,6 +33,8 @@ class Seat:
 
 class Fake:
     """A model whose prompt is what it answers; ``trouble`` may raise before anything is done."""
+
+    most_ahead = 9
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -57,6 +60,20 @@ class Fake:
         self.log.append("step " + "+".join(texts))
         return self.scores(seats)
 
+    def ahead(self, seat: Any, tokens: Sequence[int]) -> Tensor:
+        self.trouble("ahead", [seat.text])
+        assert seat in self.seated and 1 < len(tokens) <= self.most_ahead
+        self.log.append(f"ahead {seat.text} {len(tokens)}")
+        logits = torch.zeros(len(tokens), VOCABULARY)
+        for row in range(len(tokens)):  # behind a wrong token it says anything
+            right = seat.left[: row + 1] == list(tokens[: row + 1])
+            logits[row, seat.left[row + 1] if right else row] = 9.0
+        return logits
+
+    def add(self, seat: Any, token: int) -> None:
+        assert seat in self.seated
+        assert seat.left.pop(0) == token
+
     def stop(self, seat: Any, keep: bool = True) -> None:
         self.seated.remove(seat)
         self.kept.append((seat.text, keep))
@@ -78,7 +95,8 @@ class Bench:
         self.fake = Fake()
         self.scheduler = Scheduler(self.fake, slots, most, prefill)
 
-    def ask(self, text: str, limit: int = 99) -> Ticket:
+    def ask(self, text: str, limit: int = 99, told: str | None = None) -> Ticket:
+        """Have ``text`` said; guessed from ``told``, if that is given."""
         ids = np.array(Bytes().encode(text), dtype=np.int64)
         ticket = Ticket(len(ids), self.scheduler.withdraw)
         request = Request(
@@ -89,6 +107,7 @@ class Bench:
             limit,
             Bytes().decode,
             frozenset({EOS}),
+            None if told is None else Drafts(Bytes().encode(told), 8),
         )
         if not self.scheduler.submit(request):
             raise ResourceError("full")
@@ -401,3 +420,65 @@ def test_reading_waits_for_another_thread() -> None:
     thread.start()
     assert "".join(piece.text for piece in ticket) == "abc"
     thread.join()
+
+
+SAID = "abcdefghijklmnopqrstuvwxyz"
+
+
+def test_what_was_told_is_quoted_in_few_steps() -> None:
+    bench = Bench()
+    ticket = bench.ask(SAID, told=SAID)
+    bench.run()
+    assert (said(ticket), ticket.answer.stop) == (SAID, "end")
+    aheads = [entry for entry in bench.fake.log if entry.startswith("ahead")]
+    assert aheads == [f"ahead {SAID} {n}" for n in (4, 8, 9, 9)]
+    tally = bench.scheduler.tally
+    assert (tally.draft_tokens, tally.accepted_tokens) == (26, 21)
+    assert (tally.steps, tally.generated_tokens) == (5, len(SAID) + 1)
+
+
+@pytest.mark.parametrize("told", ["", "abcXefghi", "ab" * 9, "bcdbcdbce", "yzyz", "abcdefghijklmn"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 11, 99])
+def test_wrong_guesses_change_nothing(told: str, limit: int) -> None:
+    plain, guessing = Bench(), Bench()
+    expected, ticket = plain.ask(SAID, limit), guessing.ask(SAID, limit, told)
+    plain.run()
+    guessing.run()
+    assert said(ticket) == said(expected)
+    assert ticket.answer == expected.answer
+    tally = guessing.scheduler.tally
+    assert tally.generated_tokens == plain.scheduler.tally.generated_tokens
+    assert guessing.fake.kept == [(SAID, True)] and not guessing.fake.seated
+
+
+def test_those_that_are_together_are_not_guessed() -> None:
+    bench = Bench()
+    tickets = [bench.ask(text, told=text) for text in ("abcdefghij", "klmnopqrstuvw")]
+    bench.run()
+    assert [said(ticket) for ticket in tickets] == ["abcdefghij", "klmnopqrstuvw"]
+    log = bench.fake.log
+    first = next(i for i, entry in enumerate(log) if entry.startswith("ahead"))
+    assert first > max(i for i, entry in enumerate(log) if "+" in entry)
+
+
+def test_where_several_tokens_fail_one_goes_on() -> None:
+    bench = Bench()
+
+    def trouble(what: str, texts: list[str]) -> None:
+        if what == "ahead":
+            raise RuntimeError(OOM)
+
+    bench.fake.trouble = trouble
+    ticket = bench.ask(SAID, told=SAID)
+    bench.run()
+    assert said(ticket) == SAID
+    assert bench.scheduler.tally.draft_tokens == bench.scheduler.tally.failed == 0
+
+
+def test_a_guess_beyond_a_stop_is_not_kept() -> None:
+    bench = Bench()
+    ticket = bench.ask("abab" * 20 + "end", told="")
+    bench.run()
+    assert ticket.answer.stop == "repetition"
+    assert said(ticket) == "ab"
+    assert [keep for _, keep in bench.fake.kept] == [True]

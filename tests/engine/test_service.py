@@ -5,6 +5,7 @@ Tolerance: tokens are compared, all of them, and text; logits differ by rounding
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import threading
@@ -21,10 +22,14 @@ from cogvlm.engine import (
     Engine,
     GenerationSettings,
     Grammar,
+    LocalBackend,
     Sampling,
     Ticket,
+    complete,
     generate,
+    service,
 )
+from cogvlm.engine.drafts import Drafts
 from cogvlm.engine.service import MIB
 from cogvlm.errors import ConfigError, InputError
 from cogvlm.load import Loaded
@@ -105,6 +110,8 @@ def test_a_kernel_without_our_masks_is_refused(toy: Loaded) -> None:
     model.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(InputError, match="'flash_attention_2' takes no mask"):
         Engine(model)
+    with LocalBackend(model)._engine as engine:  # one alone needs none
+        assert not engine._drafts
 
 
 def test_the_next_turn_reuses_the_first(loaded: Loaded) -> None:
@@ -439,3 +446,50 @@ def test_200_people_with_200_pictures_get_their_own_answers(toy: Loaded) -> None
     assert [found[i] for i in range(200)] == expected
     assert (stats.finished, stats.failed) == (200, 0)
     assert stats.batched_tokens > 2 * stats.steps
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(40, repetition_stop=False),
+        Sampling(40, temperature=0.7, top_p=0.9, seed=3),
+        Sampling(40, temperature=0.2, seed=1, logprobs=2),
+        Sampling(40, repetition_penalty=1.2, presence_penalty=0.3),
+    ],
+)
+def test_guessing_changes_no_token(
+    toy: Loaded, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked for: every token is chosen as without guesses, from the same scores."""
+    prompt = toy.processor.encode([user(picture(1), "what bus?")])
+    with Engine(toy, drafts=0) as engine:
+        without = read(engine.submit(prompt, sampling))
+        assert not engine.stats.draft_tokens
+    told = [*without.ids]  # most of it right
+    told[len(told) // 2] += 1
+    monkeypatch.setattr(service, "Drafts", lambda ids, most: Drafts([*told, *ids], most))
+    with Engine(toy) as engine:
+        given = read(engine.submit(prompt, sampling))
+        stats = engine.stats
+    assert (given.ids, given.text, given.stop) == (without.ids, without.text, without.stop)
+    for one, two in zip(given.logprobs, without.logprobs, strict=True):
+        assert one.logprob == pytest.approx(two.logprob, abs=1e-4)
+    assert len(told) / 2 < stats.accepted_tokens < stats.draft_tokens
+    assert stats.steps < len(told) / 2
+
+
+def test_the_next_turn_of_a_talk_begins_with_the_last_one(toy: Loaded) -> None:
+    backend, settings = LocalBackend(toy), GenerationSettings(6)
+    talk = [user(picture(0), "What is in this picture, please?")]
+    first = backend.stream(talk, settings)
+    talk += [assistant("".join(first)), user("And what else is there?")]
+    second = backend.stream(talk, settings)
+    assert "".join(second) == second.reply.text == complete(toy, talk, settings).text
+    stats = backend._engine.stats
+    assert stats.image_misses == 1
+    assert stats.reused_tokens >= len(toy.processor.encode(talk[:1]).input_ids) - 2
+    thread = backend._engine._thread
+    del backend, first, second
+    gc.collect()
+    thread.join(timeout=30)
+    assert not thread.is_alive()  # and lets the model go

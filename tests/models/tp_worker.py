@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from cogvlm.engine import fast
 from cogvlm.errors import InputError
 from cogvlm.load import load_model
 
@@ -21,6 +22,7 @@ def main(inputs: Path, out: Path) -> None:
         for dtype in ("float32", "bfloat16"):
             model = load_model(folder, dtype, tp_plan="auto")
             assert not model.training
+            assert not fast.is_known(model)
             parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
             got[f"{folder.name}.{dtype}.held"] = sum(p.numel() for p in parts)
             got[f"{folder.name}.{dtype}.buffers"] = {n: b.dtype for n, b in model.named_buffers()}

@@ -72,7 +72,7 @@ class FakeEngine:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(8, 1, 2, 3, 4, 5, 60, 70, 8, 9, 10, 20, 50)
+        return EngineStats(8, 1, 2, 3, 4, 5, 60, 70, 8, 9, 10, 20, 50, 12, 7)
 
     def submit(self, prompt: Encoded, sampling: Sampling) -> Ticket:
         if self.full:

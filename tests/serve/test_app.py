@@ -130,6 +130,7 @@ def test_a_toy_model_answers_each_of_many_as_it_answers_one() -> None:
     assert texts == [answer.text for answer in alone]
     counts = [got[i]["usage"]["completion_tokens"] for i in range(12)]
     assert counts == [len(answer.ids) for answer in alone]
+    assert "cogvlm_draft_tokens_total " in metrics and "cogvlm_accepted_tokens_total " in metrics
     assert "cogvlm_answers_finished_total 13" in metrics  # and the one of warming up
     assert facts_of(loaded).context == 512
 

@@ -1,12 +1,12 @@
-"""One more text token for every row, in as few operators as the decoder allows.
+"""One more text token for every row, or a few for one, in as few operators as the decoder allows.
 
 A step on a CPU spends as long on small operators as on reading some weights, so what a text token
 does not need is left out: routing between experts, masks made anew, keys repeated for every head,
 modules around the kernels.  What is computed is what ``models/language.py`` computes, to rounding,
 with its weights; a model that this does not know takes its steps through its own ``forward``.
 
-``b`` rows, ``D`` width, ``H`` query heads, ``K`` key/value heads, ``d`` head width, ``C`` columns,
-``V`` vocabulary.
+``b`` tokens, each of a row of its own or all of one, ``D`` width, ``H`` query heads, ``K`` key and
+value heads, ``d`` head width, ``C`` columns, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from .slots import View
 
 def is_known(model: Any) -> bool:
     """Whether :class:`Steps` computes what the model does: its own classes, whole on one device."""
+    if (getattr(model, "tp_size", None) or 1) > 1:  # its layers add up over processes
+        return False
     return (
         type(model) is CogVLMForCausalLM
         and type(model.model) is CogVLMModel
@@ -69,8 +71,9 @@ class Steps:
         Args:
             tokens: ``int64[b]``, text.
             positions: ``int64[b, 1]``, or ``int64[2, b, 1]``.
-            view: of the rows; the tokens are put behind them.
-            mask: ``bool[b, 1, 1, C]``, true where a token looks; none for everywhere.
+            view: of the rows, as many as tokens or one; the tokens are put behind them.
+            mask: ``bool[b, 1, 1, C]``, or ``bool[1, 1, b, C]`` for one row, true where a token
+                looks; none for everywhere.
             behind_picture: ``bool[b, 1]``, true behind a picture; none for nowhere, and where
                 the model does not care.
 
@@ -85,6 +88,8 @@ class Steps:
         sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         if mask is not None:  # once, not in every layer
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+            if mask.shape[2] > 1:  # tokens of one row, see _Layer.attention
+                mask = mask.repeat(1, 1, self._few[0].attn.num_key_value_groups, 1)
         behind = None if behind_picture is None else behind_picture.to(x.dtype)
         for layer in self._few if len(x) < FEW else self._many:
             x = x + layer.attention(x, cos, sin, view, mask, behind)
@@ -144,10 +149,17 @@ class _Layer:
         qkv = qkv.view(len(x), heads + 2 * kv, width)
         turned, value = qkv[:, : heads + kv], qkv[:, heads + kv :]
         turned = turned * cos + turned.roll(width // 2, dims=-1) * sin
-        key, value = view.update(turned[:, heads:, None], value[:, :, None], self.attn.layer_idx)
+        rows = view.rows
+        # [rows, K, tokens of each, d]
+        new = (part.unflatten(0, (rows, -1)).transpose(1, 2) for part in (turned[:, heads:], value))
+        key, value = view.update(*new, self.attn.layer_idx)
         # Heads that share keys stand where tokens of a sequence do otherwise: no copies of keys.
         query = turned[:, :heads].unflatten(1, (kv, -1))  # [b, K, H / K, d]
+        if rows < len(x):  # head by head its tokens, [1, K, H / K * b, d]
+            query = query.permute(1, 2, 0, 3).flatten(1, 2)[None]
         mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=self.attn.scaling)
+        if rows < len(x):
+            mixed = mixed[0].unflatten(1, (-1, len(x))).permute(2, 0, 1, 3)
         return spoken(mixed.flatten(1), self.dense, self.behind_dense, behind)
 
     def mlp(self, x: Tensor) -> Tensor:

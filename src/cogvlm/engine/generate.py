@@ -1,26 +1,22 @@
-"""One batch of prompts to answers, whole or piece by piece.
+"""One batch of prompts to answers.
 
 ``B`` rows, ``L`` prompt tokens. The decoding loop is transformers' own ``generate``; a stopping
-criterion of ours sees every new token, and that is where streaming, the end of an answer, the stop
-on repetition and cancelling all hook in::
-
-    generate (a thread) --token--> Tap --queue--> Stream --text--> caller
+criterion of ours sees every new token: the end of an answer and the stop on repetition hook in
+there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import InputError, ResourceError
-from ..processor import Batch, Detokenizer, Message
+from ..processor import Batch
 from ..settings import GenerationSettings
 from .repetition import Repetition
 from .sampling import TokenLogprob
@@ -49,7 +45,7 @@ class Answer:
     ids: tuple[int, ...]
     stop: Stop
     cached_tokens: int = 0
-    first_token_s: float = 0.0
+    first_token_s: float = field(default=0.0, compare=False)
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
@@ -57,8 +53,6 @@ class Tap(StoppingCriteria):
     """Collects the new tokens of every row and says which rows are done."""
 
     def __init__(self, rows: int, end: frozenset[int], repetition: bool) -> None:
-        self.cancelled = threading.Event()
-        self.tokens: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._stops: list[Stop | None] = [None] * rows
         self._watches = [Repetition() if repetition else None for _ in range(rows)]
@@ -69,7 +63,7 @@ class Tap(StoppingCriteria):
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if self._stops[row] is None:
                 self._take(row, token)
-        done = [stop is not None or self.cancelled.is_set() for stop in self._stops]
+        done = [stop is not None for stop in self._stops]
         return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
 
     def _take(self, row: int, token: int) -> None:
@@ -77,14 +71,11 @@ class Tap(StoppingCriteria):
             self._stops[row] = "end"
             return
         self._ids[row].append(token)
-        watch, held = self._watches[row], 0
+        watch = self._watches[row]
         if watch is not None:
             watch.push(token)
-            held = watch.held
             if watch.unit is not None:
                 self._stops[row] = "repetition"
-        if row == 0:  # only a single row is ever streamed
-            self.tokens.put((token, held))
 
     def ids(self, row: int) -> tuple[int, ...]:
         """The tokens of a row's answer."""
@@ -94,7 +85,7 @@ class Tap(StoppingCriteria):
 
     def stop(self, row: int) -> Stop:
         """Why a row ended."""
-        return self._stops[row] or ("cancelled" if self.cancelled.is_set() else "length")
+        return self._stops[row] or "length"
 
 
 def generate(loaded: Loaded, batch: Batch, settings: GenerationSettings) -> list[Answer]:
@@ -104,124 +95,13 @@ def generate(loaded: Loaded, batch: Batch, settings: GenerationSettings) -> list
         InputError: a prompt is longer than the model's context.
         ResourceError: not enough memory.
     """
-    tap = _tap(loaded, batch, settings)
+    room_left(loaded, batch)
+    tap = Tap(len(batch.input_ids), end_ids(loaded), settings.repetition_stop)
     _run(loaded, batch, settings, tap)
     decode = loaded.processor.decode
     return [
         Answer(decode(tap.ids(r)), tap.ids(r), tap.stop(r)) for r in range(len(batch.input_ids))
     ]
-
-
-def complete(
-    loaded: Loaded, messages: Sequence[Message], settings: GenerationSettings | None = None
-) -> Answer:
-    """Answer one conversation.
-
-    Raises:
-        InputError: the conversation or a picture is not usable, or too long.
-        ResourceError: not enough memory.
-    """
-    batch = _single(loaded, messages)
-    return generate(loaded, batch, settings or GenerationSettings())[0]
-
-
-def stream(
-    loaded: Loaded, messages: Sequence[Message], settings: GenerationSettings | None = None
-) -> Stream:
-    """Answer one conversation piece by piece; the prompt is checked before this returns.
-
-    Raises:
-        InputError: the conversation or a picture is not usable, or too long.
-    """
-    return Stream(loaded, _single(loaded, messages), settings or GenerationSettings())
-
-
-class Stream:
-    """Pieces of text as they are generated; afterwards :attr:`answer` is the whole.
-
-    The pieces joined are ``answer.text``: what might be the surplus of a repetition is held back
-    until that is decided. Leaving the loop early, or :meth:`close`, stops the model.
-    """
-
-    def __init__(self, loaded: Loaded, batch: Batch, settings: GenerationSettings) -> None:
-        self._loaded = loaded
-        self._tap = _tap(loaded, batch, settings)
-        self._error: BaseException | None = None
-        self._answer: Answer | None = None
-        self._thread = threading.Thread(
-            target=self._work, args=(batch, settings), name="cogvlm-generate", daemon=True
-        )
-        self._pieces = self._read()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer, once the pieces are used up."""
-        if self._answer is None:
-            raise InputError("the stream is not at its end; read all pieces first")
-        return self._answer
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._pieces.close()
-
-    def _work(self, batch: Batch, settings: GenerationSettings) -> None:
-        try:
-            _run(self._loaded, batch, settings, self._tap)
-        except BaseException as error:  # handed to the reader, who raises it
-            self._error = error
-        finally:
-            self._tap.tokens.put(None)
-
-    def _read(self) -> Generator[str, None, None]:
-        text = Detokenizer(self._loaded.processor.tokenizer)
-        shown = 0
-        ids: list[int] = []
-        self._thread.start()
-        try:
-            while (item := self._next()) is not None:
-                token, held = item
-                ids.append(token)
-                piece = "".join(map(text.add, ids[shown : len(ids) - held]))
-                shown = max(shown, len(ids) - held)
-                if piece:
-                    yield piece
-        except BaseException:  # the caller leaves early, or Ctrl-C
-            self._tap.cancelled.set()
-            raise
-        finally:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-        yield from self._rest(text, shown)
-
-    def _next(self) -> tuple[int, int] | None:
-        while True:
-            # A wait without limit could not be interrupted by Ctrl-C on Windows.
-            with contextlib.suppress(queue.Empty):
-                return self._tap.tokens.get(timeout=1.0)
-
-    def _rest(self, text: Detokenizer, shown: int) -> Iterator[str]:
-        ids = self._tap.ids(0)
-        piece = "".join(map(text.add, ids[shown:])) + text.finish()
-        self._answer = Answer(self._loaded.processor.decode(ids), ids, self._tap.stop(0))
-        if piece:
-            yield piece
-
-
-def _single(loaded: Loaded, messages: Sequence[Message]) -> Batch:
-    processor = loaded.processor
-    return processor.batch([processor.encode(messages)])
-
-
-def _tap(loaded: Loaded, batch: Batch, settings: GenerationSettings) -> Tap:
-    room_left(loaded, batch)
-    return Tap(len(batch.input_ids), end_ids(loaded), settings.repetition_stop)
 
 
 def end_ids(loaded: Loaded) -> frozenset[int]:

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..backend import Reply
 from ..errors import CogVLMError, InputError, ResourceError
 from ..processor import Encoded, Message
 from ..settings import GenerationSettings
-from .generate import Answer, Stream, generate, stream
+from .generate import Answer, generate
+from .runner import takes_masks
+from .service import MIB, Engine
+from .single import Stream, engine_for_one
 
 if TYPE_CHECKING:
     from ..load import Loaded
 
 
 class LocalBackend:
-    """A loaded model behind :class:`cogvlm.backend.Backend`."""
+    """A loaded model behind :class:`cogvlm.backend.Backend`.
+
+    What is streamed goes through one engine: the next turn of a conversation begins with the keys
+    and values of the last one.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
+
+    @cached_property
+    def _engine(self) -> Engine:
+        prefixes = 512 * MIB if takes_masks(self._loaded) else 0
+        engine = engine_for_one(self._loaded, prefixes, image_bytes=256 * MIB)
+        weakref.finalize(self, engine.close)  # its thread would hold the model
+        return engine
 
     @property
     def name(self) -> str:
@@ -53,7 +69,8 @@ class LocalBackend:
 
     def stream(self, messages: Sequence[Message], settings: GenerationSettings) -> LocalPieces:
         """Answer one conversation piece by piece; the prompt is checked before this returns."""
-        return LocalPieces(stream(self._loaded, messages, settings))
+        prompt = self.prepare(messages)
+        return LocalPieces(Stream(self._loaded, prompt, settings, self._engine))
 
 
 class LocalPieces:

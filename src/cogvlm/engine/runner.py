@@ -1,4 +1,5 @@
-"""The model as the scheduler needs it: begin a sequence, go on by one token in many, leave.
+"""The model as the scheduler needs it: begin a sequence, go on by one token in many, or by several
+in one, leave.
 
 ``L`` tokens of a prompt, ``n`` of them reused, ``b`` sequences, ``D`` width, ``V`` vocabulary.
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..linear import FEW
 from ..load import Loaded
 from ..models import positions
 from ..models.cogagent import CogAgentForCausalLM
@@ -43,6 +45,9 @@ class Seat(Protocol):
 class Runner(Protocol):
     """What decodes. One thread calls it; the fake ones of the tests hold to the same."""
 
+    most_ahead: int
+    """Tokens that :meth:`ahead` takes; below 2 it is not to be called."""
+
     def start(self, prompt: Encoded) -> tuple[Seat, Tensor]:
         """Begin a sequence: its seat, and the scores of its first token ``float32[V]``.
 
@@ -54,6 +59,12 @@ class Runner(Protocol):
 
         If it raises, nothing was added, and it may be called again.
         """
+
+    def ahead(self, seat: Seat, tokens: Sequence[int]) -> Tensor:
+        """Scores ``float32[n, V]`` behind each of ``n`` tokens of one sequence; none is added."""
+
+    def add(self, seat: Seat, token: int) -> None:
+        """Add the next token of the last :meth:`ahead`."""
 
     def stop(self, seat: Seat, keep: bool = True) -> None:
         """End a sequence; ``keep`` what may be reused."""
@@ -82,10 +93,15 @@ class _Sequence(Place):
         # Of its own, since CogAgent keeps its large picture with the cache.
         self.view = View(slots, [self])
 
-    def position(self) -> list[int]:
-        """Position ids of the next token."""
-        behind = len(self.added) + 1
+    def position(self, further: int = 0) -> list[int]:
+        """Position ids of the next token, or of one ``further`` on."""
+        behind = len(self.added) + 1 + further
         return [int(p) + behind for p in self.seen[-1, _POSITIONS:]]
+
+    def add(self, token: int) -> None:
+        """Count a token in whose keys and values the buffers hold already."""
+        self.length += 1
+        self.added.append(token)
 
     def whole(self) -> Trace:
         """The trace of all that the buffers hold."""
@@ -99,6 +115,11 @@ class _Sequence(Place):
 _POSITIONS = 5  # first column of the trace that holds position ids
 
 
+def takes_masks(loaded: Loaded) -> bool:
+    """Whether the model's attention takes masks of ours."""
+    return loaded.model.config._attn_implementation in ("sdpa", "eager")
+
+
 class ModelRunner:
     """A real model.
 
@@ -109,18 +130,21 @@ class ModelRunner:
         image_bytes: for features of pictures.
 
     Raises:
-        InputError: the model's attention takes no mask of ours.
+        InputError: the model's attention takes no mask of ours, which several slots need, and
+            prompts that begin as others did.
     """
 
     def __init__(self, loaded: Loaded, slots: int, prefix_bytes: int, image_bytes: int) -> None:
         self._model: Any = loaded.model
         self._kernel = loaded.model.config._attn_implementation
-        if self._kernel not in ("sdpa", "eager"):
+        masked = takes_masks(loaded)
+        if not masked and (slots > 1 or prefix_bytes):
             raise InputError(
                 f"attention {self._kernel!r} takes no mask for rows of different lengths; "
                 "load the model with attn_implementation='sdpa'"
             )
         self._alone = isinstance(loaded.model, CogAgentForCausalLM)
+        self.most_ahead = FEW - 1 if masked and not self._alone else 1
         self._full = getattr(loaded.model.config, "image_attention", "causal") == "full"
         self._fast = fast.Steps(loaded.model) if fast.is_known(loaded.model) else None
         # Whether its language weights are others behind a picture.
@@ -173,34 +197,62 @@ class ModelRunner:
             groups = [(by_row, ordered, View(self._slots, ordered))]
         rows: list[Tensor] = [torch.empty(0)] * len(seats)
         for places, sequences, view in groups:
-            logits = self._forward(sequences, [tokens[i] for i in places], view)
+            logits = self._next(sequences, [tokens[i] for i in places], view)
             for place, scores in zip(places, logits, strict=True):
                 rows[place] = scores
         # Only now, so that a failure changes nothing.
         for seat, token in zip(seats, tokens, strict=True):
-            seat.length += 1
-            seat.added.append(token)
+            seat.add(token)
         return torch.stack(rows)
 
-    def _forward(self, sequences: list[_Sequence], tokens: list[int], view: View) -> Tensor:
-        device = self._model.device
-        where = torch.tensor([s.position() for s in sequences]).T[..., None]  # [1 or 2, b, 1]
-        where = (where if len(where) > 1 else where[0]).to(device)
+    @torch.inference_mode()
+    def ahead(self, seat: Any, tokens: Sequence[int]) -> Tensor:
+        """Several tokens of one; see :class:`Runner`."""
+        where = torch.tensor([seat.position(i) for i in range(len(tokens))])
+        columns = torch.arange(seat.length + len(tokens))
+        mask = (columns <= columns[seat.length :, None])[None, None]
+        behind = self._behind(torch.full((len(tokens), 1), seat.sees))
+        return self._forward(list(tokens), where, seat.view, self._for_kernel(mask), behind)
+
+    def add(self, seat: Any, token: int) -> None:
+        """See :class:`Runner`."""
+        seat.add(token)
+
+    def _next(self, sequences: list[_Sequence], tokens: list[int], view: View) -> Tensor:
+        where = torch.tensor([s.position() for s in sequences])
         mask = self._step_mask([s.length for s in sequences])
-        ids = torch.tensor(tokens, device=device)
         behind = self._behind(torch.tensor([[s.sees] for s in sequences]))
+        return self._forward(tokens, where, view, mask, behind)
+
+    def _forward(
+        self,
+        tokens: list[int],
+        where: Tensor,
+        view: View,
+        mask: Tensor | None,
+        behind: dict[str, Tensor],
+    ) -> Tensor:
+        """Scores ``float32[b, V]`` of ``b`` tokens: one of each row, or all of one row.
+
+        ``where`` is their ``int64[b, 1 or 2]`` positions.
+        """
+        device = self._model.device
+        where = where.T[..., None].to(device)  # [1 or 2, b, 1]
+        where = where if len(where) > 1 else where[0]
+        ids = torch.tensor(tokens, device=device)
         if self._fast is not None:
             return self._fast(ids, where, view, mask, **behind)
+        shape = (view.rows, -1)
         logits: Tensor = self._model(
-            input_ids=ids[:, None],
+            input_ids=ids.view(shape),
             attention_mask=mask,
-            position_ids=where,
+            position_ids=where.reshape(*where.shape[:-2], *ids.view(shape).shape),
             past_key_values=view,
             use_cache=True,
-            logits_to_keep=1,
-            **behind,
+            logits_to_keep=len(tokens) // view.rows,
+            **{name: value.view(shape) for name, value in behind.items()},
         ).logits
-        return logits[:, -1]
+        return logits.flatten(0, 1)
 
     def _behind(self, tokens: Tensor) -> dict[str, Tensor]:
         """Which ``bool[b, L]`` tokens stand behind a picture, for a model that wants to know."""

@@ -5,7 +5,8 @@ Knows neither model nor threads of its own; ``turn`` is called by one thread, ``
 
     leave    cancelled requests give their row back
     join     the oldest that wait, as rows are free, are prefilled and have their first tokens
-    step     every row gets one token; those at their end leave at once
+    step     every row gets one token, a row alone perhaps several, which are guessed and checked
+             (drafts.py); those at their end leave at once
 
 Those that decode wait in a turn for one newcomer, or for several that are short together: a long
 prompt delays them by itself alone, and a burst of short ones does not leave rows empty.
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ..errors import ResourceError
 from ..processor import Encoded
+from .drafts import Drafts
 from .generate import Answer, Stop, is_memory_error
 from .runner import Runner, Seat
 from .sampling import Sampler, logprob_of
@@ -48,6 +50,7 @@ class Request:
     limit: int  # tokens of the answer
     decode: Callable[[list[int]], str]
     end: frozenset[int]
+    drafts: Drafts | None = None
     seat: Seat | None = None
     token: int = 0  # the newest, which the model has not seen yet
     first_token_s: float = 0.0
@@ -61,6 +64,8 @@ class Request:
         if token in self.end:
             return "end"
         self.token = token
+        if self.drafts is not None:
+            self.drafts.add(token)
         wanted = sampling.logprobs
         note = None if wanted is None else logprob_of(logits, token, wanted, self.decode)
         found = self.transcript.add(token, note)
@@ -70,6 +75,11 @@ class Request:
         if constraint is not None and constraint.take(token):
             return "end"
         return "length" if len(self.transcript.ids) >= self.limit else None
+
+    def guess(self) -> list[int]:
+        """Tokens that may come after the newest one, fewer than there is room for."""
+        room = self.limit - len(self.transcript.ids) - 1
+        return self.drafts.guess(room) if self.drafts is not None and room > 0 else []
 
     def unwanted(self) -> bool:
         """Whether it was cancelled, which another thread may do at any time."""
@@ -109,6 +119,8 @@ class Tally:
     reused_tokens: int = 0
     steps: int = 0
     batched_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass
@@ -220,6 +232,8 @@ class Scheduler:
 
     def _step(self) -> None:
         together = list(self.running)
+        if len(together) == 1 and self._ahead(together[0]):
+            return
         logits = None
         if len(together) > 1:
             with contextlib.suppress(Exception):
@@ -235,6 +249,31 @@ class Scheduler:
                 self._fail(request, error)
             else:
                 self._choose([request], alone)
+
+    def _ahead(self, request: Request) -> bool:
+        """Several tokens of one that is alone; false if nothing was guessed, or it failed."""
+        seat, drafts, guess = request.seat, request.drafts, request.guess()
+        if seat is None or drafts is None or not guess:
+            return False
+        tokens = [request.token, *guess]
+        try:
+            logits = self.runner.ahead(seat, tokens)
+        except Exception:  # alone and token by token it may go on, or says what is wrong
+            request.drafts = None
+            return False
+        self._count(steps=1, batched_tokens=1)
+        right = -1
+        for token, scores in zip(tokens, logits, strict=True):
+            if token != request.token:
+                break
+            right += 1
+            self.runner.add(seat, token)
+            self._choose([request], scores[None])
+            if request not in self.running:
+                break
+        drafts.learn(right, len(guess))
+        self._count(draft_tokens=len(guess), accepted_tokens=right)
+        return True
 
     def _decode(self, requests: list[Request]) -> Tensor:
         seats = [r.seat for r in requests if r.seat is not None]

@@ -15,9 +15,11 @@ import time
 from dataclasses import dataclass
 
 from ..errors import ConfigError, InputError, ResourceError
+from ..linear import FEW
 from ..load import Loaded
 from ..processor import Encoded
 from ..settings import require
+from .drafts import Drafts
 from .generate import Answer, end_ids, room_left
 from .grammar import Grammar, Grammars
 from .runner import ModelRunner
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 MIB = 2**20
+DRAFTS = FEW - 2  # with the newest token, as many as every kernel for a few rows takes
 
 
 class Busy(ResourceError):
@@ -65,6 +68,8 @@ class EngineStats:
     image_misses: int
     steps: int
     batched_tokens: int
+    draft_tokens: int  # see engine/drafts.py
+    accepted_tokens: int
 
 
 class Engine:
@@ -77,6 +82,8 @@ class Engine:
         context: tokens that one prompt and its answer may have; none: what the model allows.
         prefix_bytes: memory for keys and values of earlier prompts and answers.
         image_bytes: memory for features of earlier pictures.
+        drafts: tokens that may be guessed and checked together while one answer is alone (see
+            ``engine/drafts.py``); 0: none.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -92,11 +99,13 @@ class Engine:
         context: int | None = None,
         prefix_bytes: int = 512 * MIB,
         image_bytes: int = 256 * MIB,
+        drafts: int = DRAFTS,
     ) -> None:
         require("slots", slots, int, 1, 1024)
         require("queue", queue, int, 1, math.inf)
         require("prefix_bytes", prefix_bytes, int, 0, math.inf)
         require("image_bytes", image_bytes, int, 0, math.inf)
+        require("drafts", drafts, int, 0, DRAFTS)
         if context is not None:
             require("context", context, int, 2, math.inf)
         self._loaded, self._context = loaded, context
@@ -105,6 +114,7 @@ class Engine:
         self._grammars = Grammars(loaded.processor.tokenizer, self._vocabulary, self._end)
         self._runner = ModelRunner(loaded, slots, prefix_bytes, image_bytes)
         self._scheduler = Scheduler(self._runner, slots, queue)
+        self._drafts = min(drafts, self._runner.most_ahead - 1)
         self._closing = self._stopped = self._over = False
         self._thread = threading.Thread(target=self._work, name="cogvlm-engine", daemon=True)
         self._thread.start()
@@ -131,14 +141,16 @@ class Engine:
         constraint = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
         processor = self._loaded.processor
         ticket = Ticket(len(prompt.input_ids), self._scheduler.withdraw)
+        ids = prompt.input_ids.tolist()
         request = Request(
             prompt=prompt,
-            sampler=Sampler(sampling, prompt.input_ids.tolist(), constraint),
+            sampler=Sampler(sampling, ids, constraint),
             transcript=Transcript(processor.tokenizer, sampling.stop, sampling.repetition_stop),
             ticket=ticket,
             limit=limit,
             decode=processor.decode,
             end=self._end,
+            drafts=Drafts(ids, self._drafts) if self._drafts else None,
         )
         with self._scheduler.changed:
             if self._closing:

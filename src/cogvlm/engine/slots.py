@@ -111,6 +111,11 @@ class View(Cache):
         self._slots, self._places = slots, places
         self._ends: tuple[Tensor, Tensor] | None = None  # rows and columns of the new tokens
 
+    @property
+    def rows(self) -> int:
+        """How many sequences there are."""
+        return len(self._places)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

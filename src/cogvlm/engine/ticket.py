@@ -47,8 +47,7 @@ class Ticket:
         while True:
             with self._change:
                 while not self._pieces and not self.complete:
-                    # A wait without limit could not be interrupted by Ctrl-C on Windows.
-                    self._change.wait(timeout=1.0)
+                    self._pause()
             pieces = self.poll()
             if pieces is None:
                 return
@@ -58,6 +57,16 @@ class Ticket:
     def complete(self) -> bool:
         """Whether nothing more will come."""
         return self._answer is not None or self._error is not None
+
+    def wait(self) -> None:
+        """Wait until nothing more will come; the pieces stay where they are."""
+        with self._change:
+            while not self.complete:
+                self._pause()
+
+    def _pause(self) -> None:
+        # A wait without limit could not be interrupted by Ctrl-C on Windows.
+        self._change.wait(timeout=1.0)
 
     def on_event(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called, in any thread, when there is something new.

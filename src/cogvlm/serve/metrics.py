@@ -27,6 +27,8 @@ _OF_ENGINE = (  # name, kind, field of the engine's stats, help
     ("answers_failed_total", "counter", "failed", "Answers that ended with an error."),
     ("steps_total", "counter", "steps", "Steps of the model; one gives a token to each answer."),
     ("batched_tokens_total", "counter", "batched_tokens", "Answers in all these steps together."),
+    ("draft_tokens_total", "counter", "draft_tokens", "Tokens of answers that were guessed."),
+    ("accepted_tokens_total", "counter", "accepted_tokens", "Of these, what the model says too."),
 )
 
 
