@@ -15,7 +15,7 @@ from cogvlm.errors import ConfigError, ImageError
 from cogvlm.processor import Processor, assistant, user
 from cogvlm.processor.encode import Strips
 from cogvlm.processor.image import pixels_from_dict
-from cogvlm.processor.ink import _Runs, ink_of, without_figures, without_rules
+from cogvlm.processor.ink import _Runs, frames_of, ink_of, without_figures, without_rules
 from cogvlm.processor.lines import LinePixels, find_lines, guessed, print_of, slant
 from cogvlm.processor.template import TEMPLATES
 from cogvlm.score import boxes, iou
@@ -157,6 +157,24 @@ def test_the_place_of_a_button_is_its_frame() -> None:
         truth = x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1]
         assert iou(box, truth) > 0.9
     assert len(found) == 5 and all((b[3] - b[1]) * size[1] < 45 for b in found[2:])
+
+
+@pytest.mark.parametrize("gap", [-1, 0, 1])
+def test_buttons_that_touch_have_a_frame_each(gap: int) -> None:
+    image = drawn((52, 20, "Back"), (180, 20, "Next"))
+    draw = ImageDraw.Draw(image)
+    truth = [(30, 14, 150, 60), (150 + gap, 14, 270, 60)]
+    for box in truth:
+        draw.rectangle(box, outline=(90, 90, 90))
+    draw.rectangle((30, 100, 400, 150), outline=(90, 90, 90))
+    draw.line((200, 107, 200, 143), fill=(0, 0, 0))  # a text cursor in a field
+    frames = frames_of(image)
+    for box in truth:
+        assert max(iou(box, frame) for frame in frames) > 0.9
+    assert not [f for f in frames if f[1] > 80 and f[2] - f[0] < 300]
+    placed = replace(PLAN, places=True).cut(image).pieces
+    first, second = (boxes(piece.place)[0] for piece in placed[:2])
+    assert first[2] * 640 < 160 and second[0] * 640 > 140
 
 
 def test_rules_and_frames_are_no_lines() -> None:

@@ -6,6 +6,7 @@ Knows nothing about lines of print.  ``H, W`` pixels of the picture.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,8 @@ def without_figures(ink: Ink) -> Ink:
 def frames_of(image: Image.Image) -> list[Box]:
     """Boxes drawn about something: shapes with ink along most of all four sides.
 
-    The edges of a coloured area are such a shape too.
+    The edges of a coloured area are such a shape too.  Where a frame has rules from top to bottom,
+    as buttons that touch have between them, its parts are frames as well.
     """
     ink = ink_of(image, least=0.12)  # frames are fainter than print
     runs = _Runs.of(ink)
@@ -93,7 +95,21 @@ def frames_of(image: Image.Image) -> list[Box]:
     boxes = np.stack([shapes.x0, shapes.y0, shapes.x1, shapes.y1], 1)[large]
     largest = np.argsort(-(height * width)[large])[:_LARGEST]
     found: list[Box] = [tuple(box) for box in boxes[largest].tolist()]
-    return [box for box in found if _is_frame(ink, box)]
+    frames = [box for box in found if _is_frame(ink, box)]
+    return [part for box in frames for part in (box, *_parts(ink, box, shapes.usual))]
+
+
+def _parts(ink: Ink, box: Box, least: float) -> list[Box]:
+    """A frame cut at the rules that cross it from top to bottom; none where there is none."""
+    x0, y0, x1, y1 = box
+    gaps = (~ink[y0:y1, x0:x1]).sum(axis=0)
+    crossed = gaps <= max(1, (y1 - y0) // 50)  # which a text cursor does not
+    near = round(least)  # of the sides, which are no rules within
+    rules = np.flatnonzero(crossed[near : x1 - x0 - near]) + x0 + near
+    if not len(rules):
+        return []
+    ends = [x0, *rules.tolist(), x1 - 1]
+    return [(a, y0, b + 1, y1) for a, b in pairwise(ends) if b - a > 2 * least]
 
 
 def _is_frame(ink: Ink, box: Box, least: float = 0.7) -> bool:
