@@ -15,7 +15,7 @@ from cogvlm.errors import ConfigError, ImageError
 from cogvlm.processor import Processor, assistant, user
 from cogvlm.processor.encode import Strips
 from cogvlm.processor.image import pixels_from_dict
-from cogvlm.processor.ink import _Runs, frames_of, ink_of, without_figures, without_rules
+from cogvlm.processor.ink import Runs, frames_of, ink_of, without_figures, without_rules
 from cogvlm.processor.lines import LinePixels, find_lines, guessed, print_of, slant
 from cogvlm.processor.template import TEMPLATES
 from cogvlm.score import boxes, iou
@@ -310,11 +310,11 @@ def test_shapes_that_touch_by_a_corner_are_one() -> None:
     ink = np.zeros((8, 20), bool)
     ink[0, 0:3] = ink[1, 3:5] = ink[2, 1:3] = True  # a step down to the right, and back below
     ink[5, 10:12] = True
-    runs = _Runs.of(ink)
+    runs = Runs.of(ink)
     assert runs.shape.tolist() == [0, 0, 0, 1]
     shapes = runs.shapes()
     assert (shapes.x0.tolist(), shapes.x1.tolist()) == ([0, 10], [5, 12])
     assert (shapes.y0.tolist(), shapes.y1.tolist(), shapes.ink.tolist()) == ([0, 5], [3, 6], [7, 2])
     full = np.ones((3, 4), bool)
-    assert _Runs.of(full).shape.tolist() == [0, 0, 0]
+    assert Runs.of(full).shape.tolist() == [0, 0, 0]
     assert without_figures(np.zeros((3, 4), bool)).sum() == 0

@@ -63,7 +63,7 @@ def without_figures(ink: Ink) -> Ink:
 
     Curves, pies, frames joined by arrows and the sides of boxes are so; letters are not.
     """
-    runs = _Runs.of(ink)
+    runs = Runs.of(ink)
     if not len(runs.row):
         return ink
     shapes = runs.shapes()
@@ -85,7 +85,7 @@ def frames_of(image: Image.Image) -> list[Box]:
     as buttons that touch have between them, its parts are frames as well.
     """
     ink = ink_of(image, least=0.12)  # frames are fainter than print
-    runs = _Runs.of(ink)
+    runs = Runs.of(ink)
     if not len(runs.row):
         return []
     shapes = runs.shapes()
@@ -122,7 +122,7 @@ def _is_frame(ink: Ink, box: Box, least: float = 0.7) -> bool:
 
 def letter_height(ink: Ink) -> float:
     """The usual height of connected ink, about that of a small letter; at least 5 pixels."""
-    return _Runs.of(ink).shapes().usual if ink.any() else 5.0
+    return Runs.of(ink).shapes().usual if ink.any() else 5.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class _Shapes:
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """Runs of ink along rows, ``int64[N]`` each, and the shape that each belongs to."""
 
     row: Ints
@@ -164,7 +164,7 @@ class _Runs:
     shape: Ints
 
     @classmethod
-    def of(cls, ink: Ink) -> _Runs:
+    def of(cls, ink: Ink) -> Runs:
         """Of a picture; touching runs of neighbouring rows, also by a corner, are one shape."""
         wide = ink.shape[1] + 2
         padded = np.zeros((ink.shape[0], wide), np.int8)
@@ -178,7 +178,7 @@ class _Runs:
         count = np.maximum(last - first, 0)
         upper = np.repeat(np.arange(len(row)), count)
         lower = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
-        shape = _joined(len(row), upper, lower)
+        shape = joined(len(row), upper, lower)
         return cls(row, begins % below, ends % below, shape)
 
     def shapes(self) -> _Shapes:
@@ -194,10 +194,10 @@ class _Runs:
         return _Shapes(x0, y0, x1, y1, ink)
 
 
-def _joined(count: int, one: Ints, other: Ints) -> Ints:
+def joined(count: int, one: Ints, other: Ints) -> Ints:
     """Groups of ``count`` things of which pairs belong together, numbered from 0.
 
-    >>> _joined(5, np.array([0, 3]), np.array([2, 4]))
+    >>> joined(5, np.array([0, 3]), np.array([2, 4]))
     array([0, 1, 0, 2, 2])
     """
     label = np.arange(count)

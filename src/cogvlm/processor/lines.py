@@ -39,6 +39,7 @@ from PIL import Image
 
 from .image import NativePixels
 from .ink import Box, Ink, frames_of, ink_of, letter_height, without_figures, without_rules
+from .letters import is_photograph, letters_of
 
 _SIDE = 2048  # pixels: larger pictures are made smaller before anything is looked for
 _BLANK, _GAP, _LINE = " ", "\t", "\n"
@@ -207,9 +208,14 @@ def guessed(strips: Sequence[NDArray[np.float32]]) -> list[str]:
 
 
 def print_of(image: Image.Image) -> Ink:
-    """The ink of print alone."""
+    """The ink of print alone: of a photograph with large letters, of these; else of all."""
     # Frames are whole before their rules are gone; what the rules joined is apart after.
-    return without_figures(without_rules(without_figures(ink_of(image))))
+    ink = without_figures(without_rules(without_figures(ink_of(image))))
+    if is_photograph(image):
+        letters, height = letters_of(image)
+        if height > 2 * letter_height(ink):
+            return letters
+    return ink
 
 
 def slant(ink: Ink, most: float = 6.0) -> float:
