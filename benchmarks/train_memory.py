@@ -3,7 +3,8 @@
 Every case is a model of random weights that fits a small machine, in a child process: it trains for
 two steps of the loop that ``cogvlm train`` runs.  Measured is what torch's allocator had given out
 at most at one time, weights included; ``rss`` is what the process grew by, which has the scratch
-space of kernels and what the allocator keeps, too.
+space of kernels and what the allocator keeps, too.  Of cases that processes divide, two of them
+train together, and the larger of both is told.
 
     python benchmarks/train_memory.py            # a minute or two
     python benchmarks/train_memory.py --quick    # toys
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +33,7 @@ from cogvlm.config import preset
 from cogvlm.models.build import skeleton
 from cogvlm.models.cogvlm import CogVLMForCausalLM
 from cogvlm.train.compute import Compute
+from cogvlm.train.distributed import World, processes, share, share_of
 from cogvlm.train.loop import Loop, Pieces, Schedule
 from cogvlm.train.plan import Plan, configuration, plan
 from cogvlm.train.recipe import Lora, Part, TuneRecipe
@@ -68,7 +72,16 @@ CASES: dict[str, dict[str, Any]] = {
     "long": {"lora": LORA, "batch_size": 1, "max_tokens": 1536},
     "packed": {"lora": LORA, "packing": True, "max_tokens": 2600},
     "image_loss": {"lora": LORA, "image_loss": 0.1},
-}
+    "lora_ddp": {"lora": LORA, "parallel": "ddp"},
+    "lora_zero2": {"lora": LORA, "parallel": "zero2"},
+    "lora_fsdp": {"lora": LORA, "parallel": "fsdp"},
+    "full_zero2": {"parts": EVERYTHING, "parallel": "zero2"},
+    "full_fsdp": {"parts": EVERYTHING, "parallel": "fsdp"},
+    "full_fsdp_checkpointing": {"parts": EVERYTHING, "parallel": "fsdp", "checkpointing": True},
+    "experts_fsdp_bfloat16": {
+        "parts": {"experts": Part()}, "precision": "bfloat16", "parallel": "fsdp",
+    },
+}  # fmt: skip
 
 
 @dataclass
@@ -79,13 +92,14 @@ class Fixed:
     given: dict[str, Any]
     pieces: int
     sight: Sight | None = None
+    forward: Any = None  # of processes that train together
 
     def batches(self, start: int) -> Iterator[Any]:
         while True:
             yield Pieces([self.given] * self.pieces)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        loss = self.trained(**batch).loss
+        loss = (self.forward or self.trained)(**batch).loss
         if self.sight is not None:
             pictures = list(batch["pixel_values"])
             loss = loss + self.sight.loss(batch["token_type_ids"], pictures)
@@ -107,9 +121,9 @@ def recipe_of(model: str, **values: Any) -> TuneRecipe:
     return TuneRecipe("tune", schedule, ("none",), model=model, **{**BASE, **values})
 
 
-def planned(recipe: TuneRecipe) -> Plan:
-    """For a CPU of any size."""
-    return plan(recipe, devices.Device("cpu", "cpu", 1000.0))
+def planned(recipe: TuneRecipe, count: int = 1) -> Plan:
+    """For CPUs of any size."""
+    return plan(recipe, devices.Device("cpu", "cpu", 1000.0), count)
 
 
 def inputs(said: Plan) -> dict[str, Any]:
@@ -133,8 +147,13 @@ def inputs(said: Plan) -> dict[str, Any]:
 
 
 def measure(recipe: TuneRecipe) -> dict[str, float]:
-    """Bytes that were planned and bytes that were taken."""
-    said = planned(recipe)
+    """Bytes that were planned and bytes that were taken; of processes, by each."""
+    with processes("cpu") as world:
+        return _measure(recipe, world)
+
+
+def _measure(recipe: TuneRecipe, world: World) -> dict[str, float]:
+    said = planned(recipe, world.size)
     config = configuration(recipe.model)[0]
     torch.manual_seed(0)
     empty: Any = skeleton(config).to_empty(device="cpu")
@@ -151,11 +170,16 @@ def measure(recipe: TuneRecipe) -> dict[str, float]:
     make_ready(model, recipe)
     numbers = Compute(torch.device("cpu"), said.compute)
     sight = Sight(model) if recipe.image_loss else None
-    objective = Fixed(model, inputs(said), 2 if recipe.packing else recipe.accumulate, sight)
+    shared = share(model, recipe.parallel, world, numbers.kind)
+    pieces = 2 if recipe.packing else recipe.accumulate
+    objective = Fixed(model, inputs(said), pieces, sight, shared.forward)
     with tempfile.TemporaryDirectory() as folder:
-        loop = Loop(objective, recipe.schedule, Path(folder), compute=numbers)
+        loop = Loop(objective, recipe.schedule, Path(folder), compute=numbers, shared=shared)
         batch = next(objective.batches(0))
         standing = sum(size for (what, _), size in said.stays.items() if what not in MADE)
+        if shared.cut:  # what there is, not what there should be
+            held = map(share_of, [*model.parameters(), *model.buffers()])
+            standing = sum(tensor.untyped_storage().nbytes() for tensor in held)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         mean = 4 * sum(p.numel() for p in loop.params) if loop.average else 0
 
@@ -180,6 +204,26 @@ def measure(recipe: TuneRecipe) -> dict[str, float]:
 
 
 MADE = ("optimiser", "mean")  # by the loop, not by the model
+
+
+def one_of(case: str, quick: bool, rank: int, size: int, port: int) -> dict[str, float]:
+    """A case, as one of so many processes."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": size}
+    os.environ.update({key: str(value) for key, value in where.items()})
+    return compare(case, quick)
+
+
+def together(case: str, quick: bool) -> dict[str, float]:
+    """A case in processes of its own; of several, the one that took most."""
+    count = 2 if "parallel" in CASES.get(case, {}) else 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(count, torch.set_num_threads, (1,)) as pool:
+        calls = [(case, quick, rank, count, port) for rank in range(count)]
+        found = pool.starmap(one_of, calls, chunksize=1)
+    return max(found, key=lambda row: row["measured"])
 
 
 def compare(name: str, quick: bool) -> dict[str, float]:
@@ -209,11 +253,8 @@ def main() -> int:
     given = parser.parse_args()
     names = given.case or ([*CASES] if given.quick else [*CASES, "nano"])
     found: dict[str, dict[str, float]] = {}
-    context = multiprocessing.get_context("spawn")
     for name in names:
-        with context.Pool(1, torch.set_num_threads, (1,)) as pool:
-            found[name] = pool.apply(compare, (name, given.quick))
-        row = found[name]
+        row = found[name] = together(name, given.quick)
         print(
             f"{name:22} planned {row['planned'] / 1e6:8.1f} MB, measured "
             f"{row['measured'] / 1e6:8.1f} MB, {100 * row['error']:+.1f} %",

@@ -68,6 +68,15 @@ def test_a_step_takes_what_was_planned(case: str, monkeypatch: pytest.MonkeyPatc
     assert abs(found["error"]) < train_memory.LIMIT, found
 
 
+@pytest.mark.slow
+def test_what_two_processes_divide_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import train_memory
+
+    found = train_memory.together("lora_fsdp", quick=True)
+    assert abs(found["error"]) < train_memory.LIMIT, found
+
+
 def test_what_stays_is_exact(toy: Path) -> None:
     found = planned(toy, "schedule.ema=0.9")
     config, _ = planning.configuration(found.recipe.model)

@@ -3,7 +3,7 @@
 Weights, gradients, optimiser and mean are exact.  What a step takes beside them is counted
 (:mod:`.count`) for a piece as large as it can be: rows as long as the longest of the data
 (:mod:`.lengths`), else of ``max_tokens``, or of one picture, 512 tokens in and 512 out.  Measured
-against runs by ``benchmarks/train_memory.py``; what processes divide (:mod:`.shards`) is not.
+against runs by ``benchmarks/train_memory.py``, what two processes divide (:mod:`.shards`) too.
 """
 
 from __future__ import annotations
