@@ -38,6 +38,10 @@ def write(tmp_path: Path, text: str) -> Path:
         ("stage: read\nschedul: {steps: 1}", "did you mean 'schedule'"),
         ("stage: read", "steps"),
         ("schedule: {steps: 1}", "stage"),
+        ("stage: read\nschedule: {steps: 1, lr: fast}", "lr is 'fast'; give a number"),
+        ("stage: read\nschedule: {steps: 1.5}", "steps is 1.5; give a whole number"),
+        ("stage: read\nseed: true\nschedule: {steps: 1}", "seed is True; give a whole number"),
+        ("stage: 4\nschedule: {steps: 1}", "stage is 4; give text"),
         ("- a\n- b", "keys and values"),
         ("stage: [", "not valid YAML"),
     ],
@@ -56,6 +60,20 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
     assert changed.init == ("a", "b")
     with pytest.raises(ConfigError, match="write key=value"):
         recipe.load(path, ["steps"])
+
+
+def test_numbers_are_numbers_however_they_are_written(tmp_path: Path) -> None:
+    path = write(tmp_path, "stage: read\nschedule: {steps: 1, lr: 3e-4, weight_decay: 0}")
+    assert recipe.load(path).schedule.lr == 3e-4
+    for text, value in (("1e-3", 1e-3), ("2.E+1", 20.0), ("-5e-1", -0.5), ("7", 7)):
+        assert recipe.load(path, [f"schedule.lr={text}"]).schedule.lr == value
+    assert recipe.load(path, ["name=1e-4x"]).name == "1e-4x"
+
+
+def test_a_setting_that_is_no_yaml_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path, "stage: read\nschedule: {steps: 1}")
+    with pytest.raises(ConfigError, match=r"--set name=\[1: not valid YAML"):
+        recipe.load(path, ["name=[1"])
 
 
 def test_unknown_stage_and_missing_device(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ decides the outcome is in the file: seeds, data, schedule, the files it starts f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 
@@ -209,17 +211,42 @@ def build(kind: Callable[..., T], values: Any, where: str) -> T:
     """A frozen dataclass from plain YAML values.
 
     Raises:
-        ConfigError: unknown or missing keys.
+        ConfigError: unknown or missing keys, or a value that is no number, text or such where the
+            field is one.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected keys and values, got {type(values).__name__}")
     refuse_unknown(values, [f.name for f in fields(cast(Any, kind))], where)
     ready = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    hints = get_type_hints(kind)
+    for name, value in ready.items():
+        _check_type(value, get_args(hints[name]) or (hints[name],), f"{where}: {name}")
     try:
         made: T = kind(**ready)
         return made
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text (in quotes)"}
+
+
+def _check_type(value: Any, allowed: tuple[Any, ...], where: str) -> None:
+    """Refuse a value of none of the ``allowed`` types, if all of these are plain ones."""
+    if not all(kind in _WORDS or kind is NoneType for kind in allowed):
+        return
+    if type(value) not in allowed and not (type(value) is int and float in allowed):
+        wanted = " or ".join(_WORDS.get(kind, "nothing") for kind in allowed)
+        raise ConfigError(f"{where} is {value!r}; give {wanted}")
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML whose ``1e-4`` is a number, as in version 1.2, and not text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> None:
@@ -228,6 +255,8 @@ def override(values: dict[str, Any], assignments: list[str]) -> None:
     >>> d = {"schedule": {"steps": 5}}
     >>> override(d, ["schedule.steps=7"]); d
     {'schedule': {'steps': 7}}
+    >>> override(d, ["schedule.lr=1e-4"]); d
+    {'schedule': {'steps': 7, 'lr': 0.0001}}
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -239,7 +268,11 @@ def override(values: dict[str, Any], assignments: list[str]) -> None:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {assignment}: {parent!r} holds a value, not keys")
-        target[last] = yaml.safe_load(text)
+        try:
+            target[last] = yaml.load(text, _Yaml)
+        except yaml.YAMLError as error:
+            told = " ".join(str(error).split())
+            raise ConfigError(f"--set {assignment}: not valid YAML: {told}") from error
 
 
 def load(path: Path, assignments: list[str] | None = None) -> Recipe | TuneRecipe:
@@ -249,7 +282,7 @@ def load(path: Path, assignments: list[str] | None = None) -> Recipe | TuneRecip
         ConfigError: no such file, not YAML, unknown or missing keys.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
