@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from cogvlm.processor.ink import letter_height
-from cogvlm.processor.letters import is_photograph, letters_of
+from cogvlm.processor.ink import ink_of, letter_height, without_figures, without_rules
+from cogvlm.processor.letters import beside, is_photograph, letters_of
 from cogvlm.processor.lines import LinePixels, print_of
 from cogvlm.score import iou
 
@@ -86,15 +86,51 @@ def test_pages_are_no_photographs() -> None:
     assert not is_photograph(page)
 
 
+def shaded(image: Image.Image, seed: int = 0) -> Image.Image:
+    """As a camera sees it: darker to the left, and with grain."""
+    ramp = np.linspace(0.5, 1, image.width)[None, :, None]
+    grain = np.random.default_rng(seed).normal(0, 5, (image.height, image.width, 1))
+    return Image.fromarray(np.clip(np.asarray(image) * ramp + grain, 0, 255).astype(np.uint8))
+
+
 def test_small_print_in_a_photograph_is_left_to_its_edges() -> None:
-    """Letters that are no higher than what else there is say nothing."""
+    """Where nearly all edges are of letters, what is no letter may still be print."""
     image = leaves()
     draw = ImageDraw.Draw(image)
     draw.rectangle((20, 20, 620, 400), fill=(200, 200, 190))
     for y in range(30, 380, 30):
         draw.text((40, y), "Small print on a leaflet", fill=20, font=ImageFont.load_default(18))
-    ramp = np.linspace(0.5, 1, 640)[None, :, None]
-    image = Image.fromarray((np.asarray(image) * ramp).astype(np.uint8))
+    image = shaded(image)
     assert is_photograph(image)
-    assert letters_of(image)[1] < 2 * letter_height(print_of(image))
+    ink = print_of(image)
+    letters, height = letters_of(image)
+    assert (ink & beside(letters, height)).sum() > 0.9 * ink.sum()
+    assert height < 2 * letter_height(ink) and not np.array_equal(ink, letters)
     assert len(PLAN.cut(image).pieces) >= 11
+
+
+def test_a_sign_no_higher_than_what_is_around_it_is_found() -> None:
+    image = Image.fromarray(np.full((300, 520, 3), 150, np.uint8))
+    draw = ImageDraw.Draw(image)
+    rng = np.random.default_rng(1)
+    for x, y, wide, high in rng.integers((0, 0, 3, 14), (520, 300, 30, 60), (150, 4)):  # twigs
+        draw.line((x, y, x + wide, y + high), fill=tuple(rng.integers(0, 255, 3).tolist()), width=3)
+    draw.rectangle((150, 100, 400, 190), fill=(230, 230, 220))
+    for y, text in ((110, "Harbour Street"), (148, "Market Place")):
+        draw.text((170, y), text, fill=(30, 30, 90), font=ImageFont.load_default(28))
+    image = shaded(image)
+    assert is_photograph(image)
+    ink = without_figures(without_rules(without_figures(ink_of(image))))
+    letters, height = letters_of(image)
+    assert height < 2 * letter_height(ink)
+    assert (ink & beside(letters, height)).sum() < 0.9 * ink.sum()
+    assert len(PLAN.cut(image).pieces) == 2
+
+
+def test_beside_letters_is_as_far_as_their_height_says() -> None:
+    letters = np.zeros((40, 60), np.bool_)
+    letters[15:25, 20:30] = True
+    ys, xs = np.nonzero(beside(letters, 10.0))
+    assert (ys.min(), ys.max(), xs.min(), xs.max()) == (11, 28, 10, 39)
+    assert len(ys) == 18 * 30
+    assert not beside(np.zeros_like(letters), 10.0).any()

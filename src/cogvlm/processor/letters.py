@@ -17,6 +17,7 @@ from PIL import Image
 from .ink import Ink, Ints, Runs, joined
 
 _SIDE = 1024  # pixels; larger pictures are made smaller to look for letters
+_GRAIN = 3  # levels by which neighbours differ where a ground is even
 _STEP = 12  # levels of brightness between thresholds
 _STABLE = 3  # thresholds in a row at which a shape is the same
 _LEAST = 8  # pixels that a letter is high
@@ -24,9 +25,26 @@ _MOST = 2000  # shapes that are compared with each other
 
 
 def is_photograph(image: Image.Image) -> bool:
-    """Whether less than 0.6 of a picture is of about one brightness, as the ground of a page is."""
-    counts = np.array(image.convert("L").histogram(), np.float64)
-    return bool(np.convolve(counts, np.ones(25)).max() < 0.6 * counts.sum())
+    """Whether a picture has no page's ground: 0.6 of about one brightness, or 0.75 even."""
+    grey = image.convert("L")
+    counts = np.array(grey.histogram(), np.float64)
+    if np.convolve(counts, np.ones(25)).max() >= 0.6 * counts.sum():
+        return False
+    levels = np.asarray(grey, np.int16)
+    steps = np.maximum(np.abs(np.diff(levels, axis=0))[:, 1:], np.abs(np.diff(levels))[1:])
+    return not steps.size or bool((steps <= _GRAIN).mean() < 0.75)
+
+
+def beside(letters: Ink, height: float) -> Ink:
+    """Letters of a height and what is next to them: 0.4 of it above and below, all of it beside."""
+    wide = _grown(letters, round(height))
+    return np.asarray(_grown(wide.T, round(0.4 * height)).T)
+
+
+def _grown(mask: Ink, reach: int) -> Ink:
+    """What is at most so many columns beside something."""
+    sums = np.cumsum(np.pad(mask, ((0, 0), (reach + 1, reach))), axis=1, dtype=np.int32)
+    return np.asarray(sums[:, 2 * reach + 1 :] > sums[:, : mask.shape[1]])
 
 
 def letters_of(image: Image.Image) -> tuple[Ink, float]:

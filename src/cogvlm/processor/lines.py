@@ -39,7 +39,7 @@ from PIL import Image
 
 from .image import NativePixels
 from .ink import Box, Ink, frames_of, ink_of, letter_height, without_figures, without_rules
-from .letters import is_photograph, letters_of
+from .letters import beside, is_photograph, letters_of
 
 _SIDE = 2048  # pixels: larger pictures are made smaller before anything is looked for
 _BLANK, _GAP, _LINE = " ", "\t", "\n"
@@ -208,14 +208,17 @@ def guessed(strips: Sequence[NDArray[np.float32]]) -> list[str]:
 
 
 def print_of(image: Image.Image) -> Ink:
-    """The ink of print alone: of a photograph with large letters, of these; else of all."""
+    """The ink of print alone: in a photograph, of letters that stand in rows, if there are any."""
     # Frames are whole before their rules are gone; what the rules joined is apart after.
     ink = without_figures(without_rules(without_figures(ink_of(image))))
-    if is_photograph(image):
-        letters, height = letters_of(image)
-        if height > 2 * letter_height(ink):
-            return letters
-    return ink
+    if not is_photograph(image):
+        return ink
+    letters, height = letters_of(image)
+    if height > 2 * letter_height(ink):  # beside large ones are frames and shadows
+        return letters
+    near = ink & beside(letters, height)
+    # A page in uneven light has hardly an edge elsewhere, and small print that is no row.
+    return letters | near if 0 < near.sum() < 0.9 * ink.sum() else ink
 
 
 def slant(ink: Ink, most: float = 6.0) -> float:
