@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cogvlm.cli import app
-from cogvlm.data.engine import charts, forms, objects, pages, screens
+from cogvlm.data.engine import charts, forms, ground, objects, pages, screens
 from cogvlm.data.engine.corpus import read_corpus
 from cogvlm.data.engine.ink import Canvas, Style, wrap
 from cogvlm.data.engine.render import KINDS, Render, choose_kinds
@@ -165,6 +165,48 @@ def test_every_kind_is_made_and_is_a_function_of_seed_and_shard(kind: str) -> No
     again = first(Render(setting(), ((kind, 1.0),), seed=4), 0, 2)
     assert again == made
     assert first(maker, 1, 1)[0].pictures[0].data != made[0].pictures[0].data
+
+
+@pytest.mark.skipif(bool(objects.missing()), reason=objects.missing())
+@pytest.mark.parametrize("kind", ["sign", "table"])
+def test_pages_stand_before_things_with_their_boxes_on_their_ink(kind: str) -> None:
+    plain = Render(setting(strength=0.0), ((kind, 1.0),), seed=4)
+    maker = Render(setting(strength=0.0), ((kind, 1.0),), seed=4, among=1.0)
+    assert maker.key != plain.key
+    made = first(maker, 0, 4)
+    assert made == first(maker, 0, 4)
+    for sample in made:
+        (picture,) = sample.pictures
+        assert objects.SOURCE in sample.source and objects.LICENCE in sample.licence
+        width, height = picture.size
+        assert max(picture.size) <= 6 * min(picture.size)
+        assert picture.truth.words
+        for piece in (*picture.truth.words, *picture.truth.lines, *picture.truth.items):
+            x0, y0, x1, y1 = piece.box
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, piece
+    assert objects.SOURCE not in first(plain, 0, 1)[0].source
+
+
+@pytest.mark.skipif(bool(objects.missing()), reason=objects.missing())
+def test_a_page_before_things_is_the_page_at_another_place() -> None:
+    canvas = printed()
+    image, truth = ground.before_things(canvas.image, canvas.truth(), np.random.default_rng(3))
+    old, new = canvas.truth().words[0].box, truth.words[0].box
+    x, y = round(new[0] - old[0]), round(new[1] - old[1])
+    assert (new[2] - old[2], new[3] - old[3]) == (x, y) != (0, 0)
+    part = image.crop((x, y, x + canvas.image.width, y + canvas.image.height))
+    assert part.tobytes() == canvas.image.tobytes()
+    around = np.asarray(image.convert("L"), float)
+    around[y : y + part.height, x : x + part.width] = np.nan
+    assert np.nanstd(around) > 15  # things, not one colour
+
+
+def test_what_has_print_on_it_is_no_ground(monkeypatch: pytest.MonkeyPatch) -> None:
+    stamps = Path("/stamps/symbols/alphabets/a.png"), Path("/stamps/town/roadsigns/stop.png")
+    known = tuple(objects.Thing(path.stem, f"a {path.stem}", path) for path in stamps)
+    monkeypatch.setattr(ground, "things", lambda _: known)
+    with pytest.raises(Refused, match="no objects"):
+        ground.covered((200, 100), np.random.default_rng(0))
 
 
 def first(maker: Render, shard: int, count: int) -> list[Sample]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, ResourceError
 from .data import (
     ImagesOption,
     OutsideOption,
@@ -58,6 +58,10 @@ def render(
         float, typer.Option(min=0.5, max=8, help="Print so many times larger, less of it.")
     ] = 1.0,
     strength: StrengthOption = 1.0,
+    among: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Chance that a page stands before a ground of things."),
+    ] = 0.0,
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Fonts, texts and things that training never sees.")
     ] = False,
@@ -69,6 +73,7 @@ def render(
     ray: RayOption = None,
 ) -> None:
     """Draw pages, tables, forms, charts, web pages and things, with questions and their truth."""
+    from ..data.engine import objects
     from ..data.engine.compose import Compose
     from ..data.engine.corpus import read_corpus
     from ..data.engine.faces import find_faces
@@ -81,7 +86,9 @@ def render(
         typer.echo(f"left out {kind}: {reason}", err=True)
     corpus = read_corpus(texts or (), held_out=held_out, licence=licence)
     faces = find_faces(fonts or (), held_out=held_out)
-    maker = Render(Setting(corpus, faces, side, strength, held_out, larger), chosen, seed)
+    if among and (reason := objects.missing()):
+        raise ResourceError(f"--among: {reason}")
+    maker = Render(Setting(corpus, faces, side, strength, held_out, larger), chosen, seed, among)
     steps = (Compose(turns=turns, held_out=held_out),)
     _make(maker, steps, out, shards_of(count, shard_size), processes, ray, shard_size, count)
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from ...errors import ConfigError, ResourceError, refuse_unknown
-from . import charts, code, forms, lines, objects, pages, screens
+from . import charts, code, forms, ground, lines, objects, pages, screens
 from .ink import Canvas
 from .pages import Setting
 from .step import Item, Picture, Random, Refused, Reject, Sample, Truth
@@ -44,6 +44,7 @@ class Render:
     setting: Setting
     kinds: tuple[tuple[str, float], ...]  # name and weight
     seed: int = 0
+    among: float = 0.0  # chance that a page stands before a ground full of things
     endless: bool = field(default=True, init=False)
 
     @cached_property
@@ -51,9 +52,8 @@ class Render:
         """All that decides what is made."""
         s = self.setting
         fonts = [str(f.path) for f in (*s.faces.text, *s.faces.han)]
-        return repr(
-            (s.corpus.key, fonts, s.side, s.strength, s.held_out, s.larger, self.kinds, self.seed)
-        )
+        look = (s.side, s.strength, s.held_out, s.larger)
+        return repr((s.corpus.key, fonts, *look, self.kinds, self.seed, self.among))
 
     def items(self, shard: int) -> Iterator[Item]:
         """See :class:`cogvlm.data.engine.step.Maker`."""
@@ -64,16 +64,20 @@ class Render:
             rng = np.random.default_rng((self.seed, shard, number))
             kind = names[int(rng.choice(len(names), p=weights))]
             name = f"{kind}-{self.seed}-{shard:05d}-{number:06d}"
+            among = kind in ground.KINDS and bool(self.among) and rng.random() < self.among
             source, licence = self._source(kind)
+            if among:
+                source = f"{source}+{objects.SOURCE}"
+                licence = f"{licence}; {objects.LICENCE}"
             try:
-                picture = self._picture(kind, rng)
+                picture = self._picture(kind, rng, among)
             except Refused as refused:
                 yield Reject(name, source, "render", refused.reason, f"{kind}: {refused.detail}")
                 continue
             seed = int(rng.integers(2**62))
             yield Sample(name, kind, source, licence, (picture,), seed=seed)
 
-    def _picture(self, kind: str, rng: Random) -> Picture:
+    def _picture(self, kind: str, rng: Random, among: bool) -> Picture:
         setting = self.setting
         if kind == "line":
             return lines.picture(setting, rng)
@@ -86,6 +90,8 @@ class Render:
         else:
             canvas = _PAGES[kind](setting, rng)
             image, truth = canvas.image, canvas.truth()
+            if among:
+                image, truth = ground.before_things(image, truth, rng, setting.held_out)
         _refuse_outside(truth, image.size)
         strength = setting.strength
         if kind in _PLAIN or kind in ("chart", "object"):
