@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogvlm.errors import ConfigError
-from cogvlm.models.ctc import ALPHABET, CTCHead, spelled
+from cogvlm.models.ctc import ALPHABET, CTCHead, certainty, spelled
 from cogvlm.processor.image import normalise
 from cogvlm.train import recipe as recipes
 from cogvlm.train.ctc import CTCObjective, text_of
@@ -54,6 +54,14 @@ def test_a_head_names_two_steps_a_column() -> None:
 def test_doubled_letters_need_a_pause_between_them() -> None:
     l, none = ALPHABET.index("l") + 1, 0  # noqa: E741
     assert spelled([l, l, l]) == "l" and spelled([l, none, l]) == "ll" and spelled([]) == ""
+
+
+def test_certainty_is_of_the_characters_alone() -> None:
+    shares = torch.full((3, len(ALPHABET) + 1), 1e-9)
+    shares[0, 0], shares[1, 5], shares[2, 7] = 1.0, 0.9, 0.4
+    shares[1, 6], shares[2, 0] = 0.1, 0.3
+    assert certainty(shares.log()) == pytest.approx((0.9 * 0.4 / 0.7) ** 0.5)  # 0.7: the sum
+    assert certainty(shares[:1].log()) == 0.0 and certainty(shares[:0].log()) == 0.0
 
 
 def test_strips_say_their_rows_from_left_to_right() -> None:

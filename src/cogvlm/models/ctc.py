@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 ALPHABET = "".join(map(chr, range(0x20, 0x7F)))  # class 0 is none; class i is ALPHABET[i - 1]
 STEPS = 2  # of a column of patches
+SURE = 0.6  # of what is print, even worn, hardly anything is below, of other things nearly all
 _BLOCKS, _REACH = 3, 5  # convolutions, and the columns that each looks at
 
 
@@ -62,3 +63,14 @@ def spelled(classes: list[int]) -> str:
     return "".join(
         ALPHABET[c - 1] for c, last in zip(classes, before, strict=False) if c and c != last
     )
+
+
+def certainty(scores: Tensor) -> float:
+    """The mean probability of the characters that are named, 0 to 1; 0 where none is.
+
+    Args:
+        scores: ``float[T, 96]``, logits.
+    """
+    best, which = scores.log_softmax(-1).max(-1)
+    named = best[which > 0]
+    return float(named.mean().exp()) if len(named) else 0.0

@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from ..config import CogVLMConfig, VisionConfig
 from ..errors import InputError
-from .ctc import CTCHead, spelled
+from .ctc import SURE, CTCHead, certainty, spelled
 from .half import biased, fitted, gated, saturated, widened
 from .parts import Conv, in_parts
 
@@ -277,14 +277,17 @@ class VisionModel(nn.Module):
         return out
 
     @torch.inference_mode()
-    def spell(self, strips: Sequence[NDArray[np.float32]]) -> list[str]:
+    def spell(self, strips: Sequence[NDArray[np.float32]], sure: float = SURE) -> list[str]:
         """What strips of print say, ``float32[3, H, W]`` each, one row of tokens high.
 
-        For a model with a ``ctc`` head (``vision_config.ctc_hidden``).
+        For a model with a ``ctc`` head (``vision_config.ctc_hidden``).  Where it is less ``sure``
+        of the characters, it was no print that was found, and the strip says nothing.
         """
         where = self.patch_embedding.cls_embedding.device
         texts = []
         for strip in strips:
             patches, _ = self.patches(torch.from_numpy(strip)[None].to(where))
-            texts.append(spelled(self.ctc(patches)[0].argmax(-1).tolist()).strip())
+            scores = self.ctc(patches)[0].float()  # [steps, classes]
+            read = spelled(scores.argmax(-1).tolist()).strip()
+            texts.append(read if certainty(scores) >= sure else "")
         return texts
