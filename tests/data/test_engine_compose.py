@@ -170,3 +170,17 @@ def test_text_that_looks_like_a_place_of_a_picture_is_refused() -> None:
 def test_turns_that_are_there_stay() -> None:
     sample = composed(dots(1))[0]
     assert composed([sample]) == [sample]
+
+
+def test_all_of_the_text_is_asked_for_last_or_first() -> None:
+    where: dict[float, Counter[str]] = {}
+    for first in (0.0, 0.5, 1.0):
+        made = [s.tasks for s in composed(dots(60), turns=12, first=first) if len(s.tasks) > 1]
+        made = [tasks for tasks in made if "read" in tasks]
+        where[first] = Counter(
+            "first" if tasks[0] == "read" else "last" if tasks[-1] == "read" else "between"
+            for tasks in made
+        )
+        assert len(made) > 20
+    assert set(where[0.0]) == {"last"} and set(where[1.0]) == {"first"}
+    assert set(where[0.5]) == {"first", "last"}

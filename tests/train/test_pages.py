@@ -369,3 +369,11 @@ def test_pages_are_a_function_of_their_number() -> None:
     assert a.sample.id != first[6].sample.id
     vision = preset("nano").vision
     assert a.blocks[0].pixels.shape[1] % vision.patch_size == 0
+
+
+def test_reading_may_come_first() -> None:
+    plan = LinePixels(14, (4, 1), 4, 64)
+    data = PageData("list", turns=9, read_first=1.0)
+    tasks = [Pages(data, plan, 3, False)[i].sample.tasks for i in range(6)]
+    assert any("read" in each and len(each) > 1 for each in tasks)
+    assert all(each[0] == "read" for each in tasks if "read" in each)

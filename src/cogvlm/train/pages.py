@@ -49,6 +49,7 @@ class PageData:
     turns: int = 0  # most questions about a page; 0: none are asked
     places: float = 1.0  # chance that places may be among what is asked about a page
     without: tuple[str, ...] = ()  # tasks that are never set, see data/engine/questions.py
+    read_first: float = 0.0  # chance that all of the text is asked for before anything else
     per_step: int = 8
     texts: tuple[str, ...] = ()
     fonts: tuple[str, ...] = ()
@@ -108,7 +109,7 @@ class Pages(Dataset[Page]):
             without = {*self.data.without, *(() if placed else PLACES)}
             ask = Compose(
                 self.data.turns, text_only=0, pairs=0, held_out=self.held_out,
-                without=frozenset(without),
+                without=frozenset(without), first=self.data.read_first,
             )  # fmt: skip
             items = ask(items)
         for item in items:

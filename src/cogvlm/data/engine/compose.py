@@ -29,6 +29,7 @@ class Compose:
         pairs: Chance that two pictures come together, with questions about which is which.
         held_out: Things that are asked for and not there are held-out ones too.
         without: Tasks that are never set.
+        first: Chance that everything that is printed is asked for first, not last.
     """
 
     turns: int = 4
@@ -37,6 +38,7 @@ class Compose:
     pairs: float = 0.08
     held_out: bool = False
     without: frozenset[str] = frozenset()
+    first: float = 0.0
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Item]:
         """The step: samples without turns get some; pictures may be joined in pairs."""
@@ -73,8 +75,9 @@ class Compose:
             and (no := _absent(picture, rng, self.held_out)) is not None
         ):
             chosen.append(no)
-        # All of the text comes last: whatever is asked after it could be answered from it.
-        chosen.sort(key=lambda ask: ask.task in _ALL)
+        # All of the text mostly comes last: whatever is asked after it could be answered from it.
+        first = bool(self.first) and rng.random() < self.first
+        chosen.sort(key=lambda ask: ask.task in _ALL, reverse=first)
         yield _with_turns(sample, chosen, rng, "<image>\n")
         if rng.random() < self.text_only and (text := _text_only(sample, rng)) is not None:
             yield text
