@@ -41,7 +41,7 @@ GOALS = {
 def prompts(processor: Processor, file: Path, count: int) -> dict[str, list[Encoded]]:
     """Some prompts of each kind, spread over the file."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    read = [row for row in rows if row["metric"] == "cer"]
+    read = [row for row in rows if row["kind"] == "real paragraph"]
     ask = [row for row in rows if row["metric"] == "anls"]
     chosen = {
         kind: of_kind[:: max(1, len(of_kind) // count)][:count]

@@ -209,7 +209,11 @@ def test_guessing_is_compared_on_answers_that_are_the_same(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     picture(0).save(tmp_path / "0.png")
-    rows = [{"image": "0.png", "question": f"{m}?", "metric": m} for m in ("cer", "anls", "anls")]
+    kinds = {"real line": "cer", "real paragraph": "cer", "real table": "anls", "word": "anls"}
+    rows = [
+        {"image": "0.png", "question": f"{kind}?", "kind": kind, "metric": metric}
+        for kind, metric in kinds.items()
+    ]
     requests = tmp_path / "requests.jsonl"
     requests.write_text("\n".join(map(json.dumps, rows)))
     options = ["--requests", str(requests), "--prompts", "2", "--tokens", "9", "--repeats", "2"]
