@@ -45,7 +45,7 @@ OPTIONS = {
         --max-tokens --model --tokenizer --json""",
     "data show": """path --count --seed --format --images --question --allow-outside --sheet
         --json""",
-    "data render": """out --count --kinds --texts --fonts --side --larger --strength --held-out
+    "data render": """out --count --kinds --texts --fonts --side --larger --strength --among --held-out
         --turns --licence --seed --shard-size --processes --ray""",
     "data label": """folder out --sure --share --turns --licence --seed --shards --processes
         --ray""",
