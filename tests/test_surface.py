@@ -45,8 +45,8 @@ OPTIONS = {
         --max-tokens --model --tokenizer --json""",
     "data show": """path --count --seed --format --images --question --allow-outside --sheet
         --json""",
-    "data render": """out --count --kinds --texts --fonts --side --larger --strength --among --held-out
-        --turns --licence --seed --shard-size --processes --ray""",
+    "data render": """out --count --kinds --texts --fonts --side --larger --strength --among
+        --held-out --turns --licence --seed --shard-size --processes --ray""",
     "data label": """folder out --sure --share --turns --licence --seed --shards --processes
         --ray""",
     "data latex": """out paths --made-up --pages --parts --texts --side --strength --turns
