@@ -30,8 +30,10 @@ from torch import Tensor
 
 from cogvlm import adapter, devices, quantize
 from cogvlm.config import preset
+from cogvlm.models import parallel
 from cogvlm.models.build import skeleton
 from cogvlm.models.cogvlm import CogVLMForCausalLM
+from cogvlm.tensors import save_tensors
 from cogvlm.train.compute import Compute
 from cogvlm.train.distributed import World, processes, share, share_of
 from cogvlm.train.loop import Loop, Pieces, Schedule
@@ -77,6 +79,12 @@ CASES: dict[str, dict[str, Any]] = {
     "lora_fsdp": {"lora": LORA, "parallel": "fsdp"},
     "full_zero2": {"parts": EVERYTHING, "parallel": "zero2"},
     "full_fsdp": {"parts": EVERYTHING, "parallel": "fsdp"},
+    "lora_tensor": {"lora": LORA, "parallel": "tensor"},
+    "lora_mlp_tensor": {"lora": Lora(("experts", "language")), "parallel": "tensor"},
+    "full_tensor": {"parts": EVERYTHING, "parallel": "tensor"},
+    "experts_tensor_bfloat16": {
+        "parts": {"experts": Part()}, "precision": "bfloat16", "parallel": "tensor",
+    },
     "full_fsdp_checkpointing": {"parts": EVERYTHING, "parallel": "fsdp", "checkpointing": True},
     "experts_fsdp_bfloat16": {
         "parts": {"experts": Part()}, "precision": "bfloat16", "parallel": "fsdp",
@@ -167,6 +175,8 @@ def _measure(recipe: TuneRecipe, world: World) -> dict[str, float]:
         move(torch.bfloat16)
     if said.precision not in ("float32", "bfloat16"):
         quantize.quantise(model, said.precision)
+    if recipe.parallel == "tensor":
+        model = cut(model)
     make_ready(model, recipe)
     numbers = Compute(torch.device("cpu"), said.compute)
     sight = Sight(model) if recipe.image_loss else None
@@ -201,6 +211,16 @@ def _measure(recipe: TuneRecipe, world: World) -> dict[str, float]:
         taken = standing + mean + made + peak_bytes(lambda: loop.one_step(batch))
     assert any(adapter.is_lora(n) for n, _ in model.named_parameters()) == bool(recipe.lora)
     return {"planned": said.peak, "measured": taken, "rss": standing + 1024.0 * (after - before)}
+
+
+def cut(model: CogVLMForCausalLM) -> CogVLMForCausalLM:
+    """This process's share of a model, as loading gives it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tensors(model.state_dict(), Path(folder) / "model.safetensors")
+        found: CogVLMForCausalLM = parallel.load(
+            type(model), Path(folder), model.config, model.dtype
+        )
+    return found
 
 
 MADE = ("optimiser", "mean")  # by the loop, not by the model

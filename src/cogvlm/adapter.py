@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError, InputError, ResourceError
 from .linear import QuantisedLinear
+from .models import parallel
 from .models.checkpoint import read_safetensors, report
 from .tensors import save_tensors
 
@@ -167,7 +168,9 @@ def _put_in(peft: Any, config: Any, model: nn.Module) -> None:
     config._register_custom_module({QuantisedLinear: Linear})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tied embedding, which is not touched
-        peft.inject_adapter_in_model(config, model)
+        with parallel.looking_whole(model):
+            peft.inject_adapter_in_model(config, model)
+    parallel.cut_pairs(model)
 
 
 def lora_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

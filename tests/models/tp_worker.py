@@ -24,7 +24,9 @@ def main(inputs: Path, out: Path) -> None:
             assert not model.training
             assert not fast.is_known(model)
             parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-            got[f"{folder.name}.{dtype}.held"] = sum(p.numel() for p in parts)
+            got[f"{folder.name}.{dtype}.held"] = sum(
+                p.untyped_storage().nbytes() // p.element_size() for p in parts
+            )
             got[f"{folder.name}.{dtype}.buffers"] = {n: b.dtype for n, b in model.named_buffers()}
             with torch.no_grad():
                 for kind, prompt in torch.load(folder / "prompts.pt").items():

@@ -244,6 +244,13 @@ def test_what_is_measured_is_divided_and_all_know_it(place: Path, apart: bool) -
 # --- runs ---
 
 
+def together(*runs: tuple[Path, Path]) -> None:
+    """Recipes in two processes, one after the other, to their ends."""
+    with crowd(write_jobs(runs[0][1].with_suffix(".json"), *runs)) as two:
+        said = [process.communicate(timeout=900)[1][-3000:] for process in two]
+        assert [process.returncode for process in two] == [0, 0], "\n".join(said)
+
+
 @pytest.mark.slow
 def test_processes_make_the_run_of_one_and_any_number_goes_on_from_any(place: Path) -> None:
     plain = write(place, "ddp", parallel="ddp")
@@ -288,16 +295,60 @@ def test_processes_make_the_run_of_one_and_any_number_goes_on_from_any(place: Pa
     low = {"precision": "bfloat16", "lora": lora, "parts": {"tower": {}}}
     half = write(place, "zero2", parallel="zero2", **low)
     exact = run(write(place, "half", **low), [], place / "half", True)
-    runs = [(cut, broken), (plain, place / "ddp"), (half, place / "zero2")]
-    with crowd(write_jobs(place / "rest.json", *runs)) as two:
-        said = [process.communicate(timeout=900)[1][-3000:] for process in two]
-        assert [process.returncode for process in two] == [0, 0], "\n".join(said)
+    together((cut, broken), (plain, place / "ddp"), (half, place / "zero2"))
     same(place / "ddp", whole, 1e-4)
     same(broken, whole, 1e-4)
     for key in ("loss", "eval_loss", "rows"):
         one, other = toys.losses(exact, key), toys.losses(place / "zero2", key)
         assert one.keys() == other.keys()
         assert all(other[step] == pytest.approx(one[step], rel=0.02) for step in one)
+
+
+@pytest.mark.slow
+def test_processes_that_cut_the_layers_make_the_run_of_one(place: Path) -> None:
+    cut = {"parallel": "tensor", "checkpointing": True}
+    lora = {"lora": {"targets": ["language", "experts", "tower", "adapter"], "rank": 4}}
+    plain, other = write(place, "whole"), write(place, "tensor", **cut)
+    low, lower = (
+        write(place, "low", parts={}, **lora),
+        write(place, "lower", parts={}, **lora, **cut),
+    )
+    half = {"parts": {"tower": {}}, "precision": "bfloat16", **lora}
+    rough, rougher = write(place, "rough", **half), write(place, "rougher", **half, **cut)
+    compiled = write(place, "compiled", parallel="fsdp", compile=True, checkpointing=True)
+    alone = {p.stem: run(p, [], place / "one" / p.stem, True) for p in (plain, low, rough)}
+
+    # One process begins, two go on with their shares, and one has all of it again.
+    begun = prepare(recipes.load(other), place / "tensor")
+    for _ in range(2):
+        batch = next(begun.objective.batches(begun.step))
+        begun.log({"step": begun.step + 1, **begun.one_step(batch)})
+    begun.save()
+    jobs = [(p, place / p.stem) for p in (other, lower, rougher, compiled)]
+    together(*jobs)
+    same(place / "tensor", alone["whole"], 1e-4)
+    same(place / "compiled", alone["whole"], 1e-4)
+    states = []
+    for recipe, out in ((plain, place / "tensor"), (plain, alone["whole"])):
+        loop = prepare(recipes.load(recipe), out)
+        assert loop.resume() and loop.step == 6
+        (optimizer,) = loop.optimizers
+        states.append([v["exp_avg_sq"] for v in optimizer.state_dict()["state"].values()])
+    for one, found in zip(*states, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-3, atol=1e-8)
+
+    # Beside layers that are cut, a LoRA begins and learns as beside whole ones.
+    first, second = (
+        load_file(out / "adapter_model.safetensors") for out in (alone["low"], place / "lower")
+    )
+    assert first.keys() == second.keys() and len(first) > 50
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=2e-3, atol=2e-3, msg=name)
+    for one, found, near in (("low", lower, 1e-4), ("rough", rougher, 0.02)):
+        for key in ("loss", "eval_loss", "rows", "answer_tokens"):
+            wanted, got = toys.losses(alone[one], key), toys.losses(place / found.stem, key)
+            assert wanted.keys() == got.keys()
+            assert all(got[step] == pytest.approx(wanted[step], rel=near) for step in wanted)
 
 
 # --- refused ---
@@ -310,15 +361,15 @@ def test_a_process_without_a_row_is_refused(place: Path) -> None:
     recipe = recipes.load(write(place, "sight", image_loss=0.1))
     with pytest.raises(ConfigError, match="image_loss is for one process"):
         prepare(recipe, place / "sight", several.World(0, 2))
-    recipe = recipes.load(write(place, "compiled", compile=True))
-    with pytest.raises(ConfigError, match="compile is for one process"):
-        prepare(recipe, place / "compiled", several.World(0, 2))
+    recipe = recipes.load(write(place, "made", compile=True, parallel="tensor"))
+    with pytest.raises(ConfigError, match="parallel tensor: its layers are not compiled"):
+        prepare(recipe, place / "made", several.World(0, 2))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel": "tp"}, "parallel is 'tp'; give ddp, zero2 or fsdp"),
+        ({"parallel": "tp"}, "parallel is 'tp'; give ddp, zero2, fsdp or tensor"),
         ({"parallel": "fsdp", "schedule": {"optimizer": "muon"}}, "muon needs whole matrices"),
     ],
 )
@@ -336,6 +387,8 @@ def test_models_that_cannot_be_cut_are_refused(place: Path) -> None:
     model = load(place / "model", "float32", "cpu").model
     with pytest.raises(ConfigError, match="compute fp16 is not known there"):
         several.share(model, "zero2", several.World(0, 2), "fp16")
+    with pytest.raises(ConfigError, match="parallel tensor: compute fp16 is not known there"):
+        several.share(model, "tensor", several.World(0, 2), "fp16")
 
 
 def test_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

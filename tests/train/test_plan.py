@@ -129,9 +129,32 @@ def test_what_processes_divide_is_divided(toy: Path) -> None:
     assert same.stays == one.stays and same.moments == one.moments
 
 
+def test_what_processes_cut_is_their_own(toy: Path) -> None:
+    parts = ("lora=null", "parts={experts: {}, language: {}}", "max_tokens=24", "accumulate=2")
+    one = planned(toy, *parts)
+    two, four = (planned(toy, *parts, "parallel=tensor", processes=n) for n in (2, 4))
+    # Layers are matrices that are cut, and norms; of the tower, the MLPs are cut.
+    for what in ("language", "experts", "embedding", "head"):
+        key = what, "float32"
+        assert one.stays[key] / 2 <= two.stays[key] < 0.51 * one.stays[key]
+        assert one.stays[key] / 4 <= four.stays[key] < 0.27 * one.stays[key]
+    tower = "tower", "float32"
+    assert 0.5 * one.stays[tower] < two.stays[tower] < 0.9 * one.stays[tower]
+    assert two.gradients < 0.51 * one.gradients and "loading" not in two.moments
+    assert two.stays["optimiser", "adamw"] == 2 * two.gradients
+    # Rows are whole in each; only what lies inside the MLPs is cut.
+    assert 0.5 * one.kept["decoder"] < two.kept["decoder"] < 0.95 * one.kept["decoder"]
+    lora = planned(toy, "lora.targets=[experts.mlp]", "parallel=tensor", processes=2)
+    whole = planned(toy, "lora.targets=[experts.mlp]")
+    assert whole.gradients / 2 < lora.gradients < whole.gradients
+    assert planned(toy, *parts, "parallel=tensor").stays == one.stays  # of one process
+
+
 def test_quantised_weights_are_not_divided(toy: Path) -> None:
     with pytest.raises(ConfigError, match="int8 cannot be cut over processes; take ddp"):
         planned(toy, "precision=int8", "parallel=fsdp", processes=2)
+    with pytest.raises(ConfigError, match="parallel tensor: int8 cannot be cut over processes"):
+        planned(toy, "precision=int8", "parallel=tensor", processes=2)
 
 
 # --- of data that are at hand ---

@@ -44,7 +44,7 @@ class Compute:
         optimizers: Sequence[torch.optim.Optimizer],
         params: list[Tensor],
         clip: float,
-        together: Callable[[Tensor], Tensor] | None = None,
+        together: Callable[[list[Tensor]], Tensor] | None = None,
     ) -> float | None:
         """Clip and step; the gradient's norm before that, or none where it was not finite.
 
@@ -52,7 +52,8 @@ class Compute:
             optimizers: of ``params``.
             params: some of which have gradients.
             clip: the largest norm.
-            together: makes the norm of one process's gradients that of all processes'.
+            together: the norm of the gradients of these parameters in all processes; none where
+                this is one.
 
         Raises:
             CheckpointError: ``fp16``, and not finite however small the loss is scaled.
@@ -62,9 +63,11 @@ class Compute:
         for optimizer in optimizers:
             if any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
                 self.scaler.unscale_(optimizer)
-        grads = [p.grad for p in params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = together(norm) if together else norm
+        learnt = [p for p in params if p.grad is not None]
+        if together is not None:
+            norm = together(learnt)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in learnt if p.grad is not None])
         finite = bool(torch.isfinite(norm))
         if finite:
             torch.nn.utils.clip_grads_with_norm_(params, clip, norm)

@@ -8,11 +8,14 @@ starts the processes; torch's own engines do the work::
     zero2   cut; weights whole while a step      fully_shard without           ZeRO-2
             goes forward and back                reshard_after_forward
     fsdp    cut; whole one layer at a time       fully_shard                   ZeRO-3
+    tensor  cut inside layers; never whole       transformers' tp_plan         -
 
-Every process must ask for the same weights in the same order, or all wait for ever.  What a
-process asks for depends on whether its rows have a picture, so :func:`in_step` gives each as many
-micro-batches as the others have, and one row with a blank picture where only others have any: it
-has no label, so its gradients are zero, and the step is the one that a single process makes.
+With ``tensor`` all processes take every row together, see :mod:`cogvlm.models.parallel`.  With the
+others they divide the rows, and every process must ask for the same weights in the same order, or
+all wait for ever.  What a process asks for depends on whether its rows have a picture, so
+:func:`in_step` gives each as many micro-batches as the others have, and one row with a blank
+picture where only others have any: it has no label, so its gradients are zero, and the step is the
+one that a single process makes.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import ConfigError, ResourceError
 from ..linear import QuantisedLinear
@@ -40,7 +43,7 @@ from ..processor import Encoded
 from .compute import KINDS as NUMBERS
 from .compute import layers
 
-KINDS = ("ddp", "zero2", "fsdp")
+KINDS = ("ddp", "zero2", "fsdp", "tensor")
 T = TypeVar("T")
 
 # Saving a large checkpoint keeps the others waiting; torchrun ends them if one of them fails.
@@ -178,9 +181,25 @@ def processes(device: str) -> Iterator[World]:
 # --- weights ---
 
 
-def share_of(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same memory; plain, so that it is quick."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+def share_of(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """What this process holds of a tensor, in the same memory; plain, so that it is quick.
+
+    Args:
+        tensor: a parameter, or its gradient.
+        like: the parameter of a gradient, which may come cut in another way; all must ask then.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if isinstance(like, DTensor) and tensor.placements != like.placements:
+        tensor = tensor.redistribute(placements=like.placements)
+    return tensor.to_local().detach()
+
+
+def cut_along(like: Tensor) -> int | None:
+    """The dimension in which the processes hold different parts of a parameter, if any."""
+    if not isinstance(like, DTensor):
+        return None
+    return next((p.dim % like.ndim for p in like.placements if isinstance(p, Shard)), None)
 
 
 def whole(value: Tensor, like: Tensor, keep: bool = True) -> Tensor | None:
@@ -191,24 +210,30 @@ def whole(value: Tensor, like: Tensor, keep: bool = True) -> Tensor | None:
         like: the parameter that is cut as ``value`` is; where it is not, ``value`` is whole.
         keep: whether this process wants it; otherwise it only gives its share.
     """
-    if not isinstance(like, DTensor):
+    dim = cut_along(like)
+    if dim is None:
         return value
-    mesh = like.device_mesh
-    rows = -(-like.shape[0] // mesh.size())  # in every share; at the end there may be fewer
-    mine = value.new_zeros(rows, *like.shape[1:])
-    mine[: len(value)] = value
-    found = value.new_empty(rows * mesh.size(), *like.shape[1:])
+    assert isinstance(like, DTensor)
+    mesh, own = like.device_mesh, value.movedim(dim, 0)
+    rows = -(-like.shape[dim] // mesh.size())  # in every share; at the end there may be fewer
+    mine = value.new_zeros(rows, *own.shape[1:])
+    mine[: len(own)] = own
+    found = value.new_empty(rows * mesh.size(), *own.shape[1:])
     dist.all_gather_into_tensor(found, mine, group=mesh.get_group())
-    return found[: like.shape[0]].to("cpu", copy=True) if keep else None
+    if not keep:
+        return None
+    return found[: like.shape[dim]].movedim(0, dim).to("cpu", copy=True).contiguous()
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
     """This process's share of a whole tensor, cut as the parameter ``like`` is."""
-    if not isinstance(like, DTensor):
+    dim = cut_along(like)
+    if dim is None:
         return value
-    pieces = value.chunk(like.device_mesh.size(), dim=0)
+    assert isinstance(like, DTensor)
+    pieces = value.chunk(like.device_mesh.size(), dim=dim)
     rank = like.device_mesh.get_local_rank()
-    return pieces[rank] if rank < len(pieces) else value[:0]
+    return pieces[rank] if rank < len(pieces) else value.narrow(dim, 0, 0)
 
 
 def each(
@@ -227,9 +252,17 @@ def each(
 
 def widen(module: nn.Module) -> None:
     """Make what trains float32."""
-    for parameter in module.parameters():
-        if parameter.requires_grad and parameter.dtype is not torch.float32:
-            parameter.data = parameter.data.float()
+    wide: dict[nn.Parameter, nn.Parameter] = {}  # tied ones are one
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if not parameter.requires_grad or parameter.dtype is torch.float32:
+                continue
+            if isinstance(parameter, DTensor):  # whose data cannot be exchanged
+                if parameter not in wide:
+                    wide[parameter] = nn.Parameter(parameter.detach().float())
+                setattr(owner, name, wide[parameter])
+            else:
+                parameter.data = parameter.data.float()
 
 
 @dataclass
@@ -257,27 +290,44 @@ class Shared:
         """Whether, while :meth:`measuring`, this process may ask what others do not."""
         return not self.cut or self.kind == "zero2"
 
-    def norm(self, own: Tensor) -> Tensor:
-        """The norm of all gradients, from that of this process's share."""
-        if not self.cut:
-            return own
-        squares = own.square()
-        dist.all_reduce(squares)
-        return squares.sqrt()
+    @property
+    def rows(self) -> World:
+        """The processes that divide the rows of a step."""
+        return dividing(self.world, self.kind)
+
+    def add(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Figures of a step, of all its rows; every process knows then whether one is to stop."""
+        if self.rows is self.world:
+            return self.world.add(figures)
+        self.world.add({})
+        return dict(figures)
+
+    def norm(self, own: Sequence[Tensor], alike: Sequence[Tensor]) -> Tensor:
+        """The norm of all gradients.
+
+        Args:
+            own: of which each process has a share.
+            alike: that are the same in every process.
+        """
+        norms = [torch.nn.utils.get_total_norm(list(grads)).square() for grads in (own, alike)]
+        if self.cut:
+            dist.all_reduce(norms[0])
+        return (norms[0] + norms[1].to(norms[0])).sqrt()
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Inside, the model answers: what is asked of it beside ``forward`` is whole too.
 
-        With ``zero2`` all of it is, from the beginning: nothing is asked of other processes.
+        With ``zero2`` all of it is, from the beginning: nothing is asked of other processes.  With
+        ``tensor`` it answers as it is, all processes together.
         """
-        if self.cut:
+        if self.cut and self.kind != "tensor":
             for module in _divided(self.model) if self.apart else [self.model]:
                 module.unshard()  # type: ignore[operator]
         try:
             yield
         finally:
-            if self.cut:
+            if self.cut and self.kind != "tensor":
                 _gather_no_more(self.model)
 
 
@@ -294,6 +344,11 @@ def _divided(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def dividing(world: World, kind: str) -> World:
+    """Those of the processes that divide the rows of a step: with ``tensor`` each has them all."""
+    return World() if kind == "tensor" else world
+
+
 def alone(model: nn.Module) -> Shared:
     """The model of one process."""
     return Shared(World(), model, model)
@@ -304,15 +359,19 @@ def share(model: Any, kind: str, world: World, numbers: str) -> Shared:
 
     Args:
         model: the same in every process; what trains is chosen.
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`KINDS`; for ``tensor`` it has been loaded cut.
         world: of one process, nothing happens.
         numbers: what is computed in, see :data:`cogvlm.train.compute.KINDS`.
 
     Raises:
         ConfigError: a model, or numbers, that cannot be cut.
     """
-    if world.size == 1 or kind == "ddp":
+    if world.size == 1 or kind in ("ddp", "tensor"):
         widen(model)
+    if kind == "tensor":
+        if world.size > 1 and numbers == "fp16":  # each process knows its own overflows alone
+            raise ConfigError("parallel tensor: compute fp16 is not known there; take bf16 or fp32")
+        return Shared(world, model, model, kind)
     if world.size == 1 or not any(p.requires_grad for p in model.parameters()):
         return Shared(world, model, model)
     if kind == "ddp":

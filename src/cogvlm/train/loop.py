@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError, ResourceError
 from .average import Average
 from .compute import Compute
-from .distributed import Shared, alone, each, part, share_of, whole
+from .distributed import Shared, alone, cut_along, each, part, share_of, whole
 from .log import Log, Tracker
 from .muon import Muon
 
@@ -224,6 +224,7 @@ class Loop:
         found = objective.trained.named_parameters()
         self.named = {name: p for name, p in found if p.requires_grad}
         self.mine = {name: share_of(p) for name, p in self.named.items()}
+        self.alike = {id(self.mine[k]) for k, p in self.named.items() if cut_along(p) is None}
         self.optimizers = optimizers(objective, schedule, self.mine)
         self.params = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
         if not self.params:
@@ -351,20 +352,21 @@ class Loop:
             group["lr"] = self.schedule.lr * group["scale"] * self.schedule.factor(self.step)
         for p in (*self.params, *self.named.values()):
             p.grad = None
-        torch.manual_seed(self.seed * 1_000_003 + self.step + (self.world.rank << 40))
+        torch.manual_seed(self.seed * 1_000_003 + self.step + (self.shared.rows.rank << 40))
         figures: dict[str, float] = {"loss": 0.0}
         pieces = batch.pieces if isinstance(batch, Pieces) else (batch,)
         for left, piece in zip(range(len(pieces) - 1, -1, -1), pieces, strict=True):
             with self.shared.piece(last=not left):
                 with self.compute.forward():
                     loss, more = self.objective.loss(piece)
-                self.compute.backward(loss * self.world.size)  # engines take the mean of processes
+                # Engines take the mean of the processes that divide the rows.
+                self.compute.backward(loss * self.shared.rows.size)
             for key, value in {"loss": float(loss.detach()), **more}.items():
                 figures[key] = figures.get(key, 0.0) + value
         for name, parameter in self.named.items():
             if parameter.grad is not None:
-                self.mine[name].grad = share_of(parameter.grad)
-        together = self.shared.norm if self.shared.cut else None
+                self.mine[name].grad = share_of(parameter.grad, parameter)
+        together = self._norm if self.shared.cut else None
         norm = self.compute.update(self.optimizers, self.params, self.schedule.clip, together)
         if norm is None and self.compute.kind != "fp16":
             raise CheckpointError(
@@ -374,7 +376,15 @@ class Loop:
         if self.average:
             self.average.add(self.trainable(), self.step)
         self.step += 1
-        return {**self.world.add(figures), "grad_norm": norm or 0.0}
+        return {**self.shared.add(figures), "grad_norm": norm or 0.0}
+
+    def _norm(self, learnt: Sequence[Tensor]) -> Tensor:
+        """The norm of the gradients of all processes."""
+        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for p in learnt:
+            assert p.grad is not None
+            sides[id(p) in self.alike].append(p.grad)
+        return self.shared.norm(*sides)
 
     def evaluate(self) -> None:
         """Log the objective's figures on held-out material; keep the state if it is the best."""

@@ -24,7 +24,7 @@ from .count import MOMENTS, Moment, Shape, Way, fresh, quantised, step
 from .lengths import Row, Rows
 from .loop import is_hidden_matrix
 from .recipe import TuneRecipe
-from .shards import shards
+from .shards import own, shards
 from .sight import is_head
 from .tune import make_ready
 
@@ -132,20 +132,25 @@ def plan(
     precision = stored or _precision(recipe, config, device)
     plain = precision == "float32"
     compute = recipe.compute if recipe.compute != "auto" else "fp32" if plain else "bf16"
-    cuda, cut = device.kind == "cuda", processes > 1 and recipe.parallel != "ddp"
-    if cut and precision not in _DTYPES:
+    cuda, several = device.kind == "cuda", processes > 1
+    cut = several and recipe.parallel in ("zero2", "fsdp")
+    tensor = several and recipe.parallel == "tensor"
+    if (cut or tensor) and precision not in _DTYPES:
         raise ConfigError(
             f"parallel {recipe.parallel}: {precision} cannot be cut over processes; take ddp, or "
             "precision bfloat16"
         )
     # Shares are put together in the numbers of the computation, what trains among them.
     gathered = torch.bfloat16 if cut and compute == "bf16" else None
-    made = partial(_made, recipe=recipe, precision=precision, cuda=cuda, gathered=gathered)
+    share = processes if tensor else 1
+    made = partial(
+        _made, recipe=recipe, precision=precision, cuda=cuda, gathered=gathered, share=share
+    )
     shape = _shape(recipe, config, rows)
-    # Of processes, gradients are there from the beginning: as buckets, or counted as if.
-    way = Way(compute, processes > 1 or _pieces(recipe) > 1, cuda)
+    # Where rows are divided, gradients are there from the beginning: as buckets, or counted as if.
+    way = Way(compute, (several and not tensor) or _pieces(recipe) > 1, cuda)
     found = _counted(config, made, shape, way)
-    whole = _made(config, recipe, precision, cuda)
+    whole = _made(config, recipe, precision, cuda, share=share)
     stays, trained = _standing(whole, config, recipe, precision)
     moments = {name: int(found[name].peak) for name in MOMENTS}
     sizes = [p.numel() for p in whole.parameters() if p.requires_grad]
@@ -251,12 +256,18 @@ def _made(
     precision: str,
     cuda: bool,
     gathered: torch.dtype | None = None,
+    share: int = 1,
 ) -> CogVLMForCausalLM:
-    """A model without memory as the stage makes it ready; all of it in ``gathered``, if given."""
+    """A model without memory as the stage makes it ready.
+
+    All of it in ``gathered``, if given; of so many processes that cut its layers, one's share.
+    """
     model = fresh(config, _DTYPES.get(precision, torch.bfloat16))
     if precision not in _DTYPES:
         quantised(model, precision, cuda)
     make_ready(model, replace(recipe, compile=False))  # compiled layers keep no more
+    if share > 1:
+        own(model, share)
     return model if gathered is None else model.to(gathered)  # type: ignore[arg-type]
 
 

@@ -109,7 +109,7 @@ class TuneRecipe:
     compute: str = "auto"  # fp32 | bf16 | fp16; auto: fp32 for float32 weights, else bf16
     checkpointing: bool = False  # keep no activations inside the layers
     compile: bool = False  # the decoder's layers, see train/compiled.py
-    parallel: str = "ddp"  # with several processes: ddp | zero2 | fsdp, see docs/training.md
+    parallel: str = "ddp"  # with several processes, see train/distributed.py
     parts: dict[str, Part] = field(default_factory=dict)  # adapter, experts, tower, cross, language
     lora: Lora | None = None
     held_out: float = 0.1  # share of the records that measures and never trains
@@ -158,8 +158,8 @@ class TuneRecipe:
                 f"resolution is {self.resolution!r}; give pixels a side, or steps with pixels, "
                 "from step 0 on: {0: 224, 30000: 490}"
             )
-        if self.parallel not in ("ddp", "zero2", "fsdp"):
-            raise ConfigError(f"parallel is {self.parallel!r}; give ddp, zero2 or fsdp")
+        if self.parallel not in ("ddp", "zero2", "fsdp", "tensor"):
+            raise ConfigError(f"parallel is {self.parallel!r}; give ddp, zero2, fsdp or tensor")
         if self.parallel != "ddp" and self.schedule.optimizer != "adamw":
             raise ConfigError(
                 f"parallel {self.parallel}: {self.schedule.optimizer} needs whole matrices; take "

@@ -48,11 +48,12 @@ def _enough(count: int, what: str, processes: int) -> None:
 def _check(recipe: recipes.TuneRecipe, processes: int) -> None:
     """Refuse what several processes cannot do."""
     rows = recipe.batch_size * recipe.accumulate
-    _enough(rows, "rows (batch_size times accumulate)", processes)
+    if recipe.parallel != "tensor":
+        _enough(rows, "rows (batch_size times accumulate)", processes)
     if recipe.image_loss:
         raise ConfigError("image_loss is for one process; leave it out, or torchrun")
-    if recipe.compile:
-        raise ConfigError("compile is for one process; leave it out, or torchrun")
+    if recipe.compile and recipe.parallel == "tensor":
+        raise ConfigError("parallel tensor: its layers are not compiled; leave compile out")
 
 
 def prepare(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .. import adapter
 from ..data.sft import Mix, Record, RecordError
@@ -32,7 +33,7 @@ from ..score import cer
 from ..settings import GenerationSettings
 from .compiled import compile_layers
 from .compute import Compute, recompute
-from .distributed import World, in_step, share_of, whole, widen
+from .distributed import World, dividing, in_step, share_of, whole, widen
 from .loop import Pieces
 from .packing import bins, packed
 from .quantised import let_gradients_through
@@ -80,7 +81,7 @@ class TuneObjective:
     train: Mix
     held_out: Mix | None
     recipe: TuneRecipe
-    world: World = field(default_factory=World)  # which divides the rows of a step
+    world: World = field(default_factory=World)  # the processes of the run
     apart: bool = True  # whether a process may ask the model what the others do not
     lora: Any = None  # peft's configuration, once it is put in
     origin: tuple[int, int] = (0, 0)  # a step, and the first record of it
@@ -99,7 +100,7 @@ class TuneObjective:
             self.loaded.processor,
             recipe.batch_size * recipe.accumulate,
             Limit(recipe.max_tokens, recipe.too_long == "cut"),
-            (self.world.rank, self.world.size),
+            (self.rows.rank, self.rows.size),
         )
         for side in recipe.resolutions.values():  # what is impossible is told now
             at_resolution(self.steps, model.config, side)
@@ -109,6 +110,11 @@ class TuneObjective:
     def trained(self) -> CogVLMForCausalLM:
         """The whole model; what is frozen needs no gradient."""
         return self.loaded.model
+
+    @property
+    def rows(self) -> World:
+        """The processes that divide the rows of a step."""
+        return dividing(self.world, self.recipe.parallel)
 
     # --- data ---
 
@@ -167,7 +173,7 @@ class TuneObjective:
         else:
             groups = micro_batches(rows.rows, self.recipe.batch_size)
         patches = sum(_patches(row) for row in rows.rows)
-        groups, count = in_step(self.world, groups, sum(map(labelled, rows.rows)), self._blank)
+        groups, count = in_step(self.rows, groups, sum(map(labelled, rows.rows)), self._blank)
         micros = [self._micro(group, count) for group in groups]
         return Pieces([replace(micro, patches=max(1, patches)) for micro in micros])
 
@@ -233,21 +239,21 @@ class TuneObjective:
             return {}
         rows = self._eval_rows()
         groups = micro_batches(rows, self.recipe.batch_size)
-        groups, _ = in_step(self.world, groups, 0, self._blank)
+        groups, _ = in_step(self.rows, groups, 0, self._blank)
         total, count = 0.0, 0
         for group in groups:
             tokens = sum(map(labelled, group))
             given = inputs(self.loaded.processor.batch(group), self.trained.device)
             total += float(self.trained(**given).loss) * tokens
             count += tokens
-        totals, counts, sizes = zip(*self.world.gather((total, count, len(rows))), strict=True)
+        totals, counts, sizes = zip(*self.rows.gather((total, count, len(rows))), strict=True)
         found = {"loss": sum(totals) / max(1, sum(counts)), "records": sum(sizes)}
         return {**found, **self._answers()}
 
     def _eval_rows(self) -> list[Encoded]:
         """Of the held-out records, those of this process."""
         rows = []
-        for record in self.measured[self.world.rank :: self.world.size]:
+        for record in self.measured[self.rows.rank :: self.rows.size]:
             try:
                 rows.append(encode(self.loaded.processor, record.messages, self.steps.limit)[0])
             except InputError as error:
@@ -259,9 +265,9 @@ class TuneObjective:
         if not records:
             return {}
         if self.apart:
-            rank, size = self.world.rank, self.world.size
+            rank, size = self.rows.rank, self.rows.size
             said = [""] * len(records)
-            for i, answers in enumerate(self.world.gather(self._said(records[rank::size]))):
+            for i, answers in enumerate(self.rows.gather(self._said(records[rank::size]))):
                 said[i::size] = answers
         else:
             said = self._said(records)
@@ -346,7 +352,7 @@ def _choose_parameters(model: nn.Module, recipe: TuneRecipe) -> None:
         trains = lora or part in chosen
         if trains and not lora:
             module = model.get_submodule(name.rpartition(".")[0])
-            plain = type(parameter.data) is Tensor and parameter.is_floating_point()
+            plain = type(parameter.data) in (Tensor, DTensor) and parameter.is_floating_point()
             foreign = type(module).__module__.startswith("bitsandbytes")
             if not plain or foreign or isinstance(module, QuantisedLinear):
                 raise ConfigError(
@@ -379,11 +385,11 @@ def tune(recipe: TuneRecipe, world: World | None = None) -> TuneObjective:
 
     Args:
         recipe: what to train on what.
-        world: the processes that divide the rows of a step, none for one.
+        world: the processes of the run, none for one.
 
     Raises:
         ConfigError: impossible values.
-        InputError: data that cannot be read.
+        InputError: data that cannot be read, or a model that cannot be cut.
         CheckpointError: a model that cannot be loaded.
     """
     mixes: list[Mix | None] = []
@@ -396,5 +402,18 @@ def tune(recipe: TuneRecipe, world: World | None = None) -> TuneObjective:
         )
     train, held_out = mixes
     assert train is not None
-    loaded = load(recipe.model, recipe.precision, recipe.device, recipe.tokenizer)
-    return TuneObjective(loaded, train, held_out, recipe, world or World())
+    world = world or World()
+    return TuneObjective(_loaded(recipe, world), train, held_out, recipe, world)
+
+
+def _loaded(recipe: TuneRecipe, world: World) -> Loaded:
+    """The model of a recipe; with ``tensor``, this process's share of it."""
+    model, precision, tokenizer = recipe.model, recipe.precision, recipe.tokenizer
+    if recipe.parallel != "tensor" or world.size == 1:
+        return load(model, precision, recipe.device, tokenizer)
+    if recipe.device == "cpu" and torch.accelerator.is_available():
+        raise ConfigError(
+            "parallel tensor takes the GPUs where there are any; leave device out, or hide them "
+            "(CUDA_VISIBLE_DEVICES=)"
+        )
+    return load(model, precision, tokenizer=tokenizer, tp_plan="auto")
