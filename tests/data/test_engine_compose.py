@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import replace
@@ -79,6 +80,33 @@ def test_lines_that_stand_there_once_have_a_place() -> None:
 def asked(sample: Sample) -> list[tuple[str, str, str]]:
     turns = iter(sample.turns)
     return [(task, next(turns).text, next(turns).text) for task in sample.tasks]
+
+
+def test_neighbours_are_those_of_the_page() -> None:
+    texts = ("Opening hours", "Monday to Friday", "nine to five", "closed on Sunday")
+    lines = tuple(
+        Piece(text, (20.0, 20.0 + 30 * i, 180.0, 40.0 + 30 * i), "line")
+        for i, text in enumerate(texts)
+    )
+    far = Piece("elsewhere", (400.0, 300.0, 440.0, 320.0), "line")
+    truth = Truth("\n".join((*texts, far.text)), (), (*lines, far))
+    below = {f'"{a}"': b for a, b in itertools.pairwise(texts)}
+    above = {f'"{b}"': a for a, b in itertools.pairwise(texts)}
+    words = " ".join((*texts, far.text)).split()
+    seen: Counter[str] = Counter()
+    for seed in range(30):
+        for ask in questions(Picture(b"", (448, 336), truth), np.random.default_rng(seed)):
+            if ask.task == "next line":
+                up = re.search("above|before|over", ask.question)
+                known = re.search('"[^"]+"', ask.question)
+                assert known and ask.short == (above if up else below)[known[0]]
+                seen["above" if up else "below"] += 1
+            elif ask.task == "word there":
+                word = ask.question.split('"')[1]
+                there = any(word.lower() in other.lower() for other in words)
+                assert ask.short == ("yes" if there else "no")
+                seen[ask.short] += 1
+    assert min(seen[key] for key in ("above", "below", "yes", "no")) > 20
 
 
 def test_short_answers_are_short_and_full_ones_hold_them() -> None:

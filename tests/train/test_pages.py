@@ -26,7 +26,7 @@ from cogvlm.train.distributed import World
 from cogvlm.train.instruct import InstructObjective, Spelled
 from cogvlm.train.lines import Row, Sheet
 from cogvlm.train.loop import Loop, Schedule
-from cogvlm.train.pages import Block, Page, PageData, Pages, rows_of
+from cogvlm.train.pages import Block, Page, PageData, Pages, rows_of, truth_of
 from cogvlm.train.quote import Reading
 from cogvlm.train.read import decode_columns
 from cogvlm.train.recipe import load
@@ -377,3 +377,32 @@ def test_reading_may_come_first() -> None:
     tasks = [Pages(data, plan, 3, False)[i].sample.tasks for i in range(6)]
     assert any("read" in each and len(each) > 1 for each in tasks)
     assert all(each[0] == "read" for each in tasks if "read" in each)
+
+
+def test_reading_may_be_rare() -> None:
+    plan = NativePixels(14, (2, 1), 12, 20, max_scale=1.0, min_rows=2)
+    tasks = {
+        share: {
+            task
+            for index in range(6)
+            for task in Pages(PageData("list", turns=40, reads=share), plan, 4, False)[
+                index
+            ].sample.tasks
+        }
+        for share in (0.0, 1.0)
+    }
+    assert {"read", "caption"} <= tasks[1.0] and not {"read", "caption"} & tasks[0.0]
+
+
+def test_of_charts_only_what_is_printed_is_known() -> None:
+    plan = NativePixels(14, (2, 1), 20, 32, max_scale=1.0, min_rows=2)
+    seen = set()
+    for index in range(12):
+        sample = Pages(PageData("chart", turns=30, printed=True), plan, 4, False)[index].sample
+        known = truth_of(sample)
+        printed = known.text.replace("%", " ").split()
+        assert not known.items
+        assert all(cell in printed for row in known.table[1:] for cell in row[1:])
+        assert known.table or {fact.name for fact in known.facts} <= {"title"}
+        seen.add(bool(known.table))
+    assert seen == {True, False}

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.engine.compose import Compose
+from ..data.engine.compose import ALL, Compose
 from ..data.engine.corpus import read_corpus
 from ..data.engine.faces import find_faces
 from ..data.engine.pages import Setting
@@ -50,6 +50,8 @@ class PageData:
     places: float = 1.0  # chance that places may be among what is asked about a page
     without: tuple[str, ...] = ()  # tasks that are never set, see data/engine/questions.py
     read_first: float = 0.0  # chance that all of the text is asked for before anything else
+    reads: float = 1.0  # chance that all of the text, or a caption, may be among what is asked
+    printed: bool = False  # of charts, only what is printed is asked for
     per_step: int = 8
     texts: tuple[str, ...] = ()
     fonts: tuple[str, ...] = ()
@@ -105,8 +107,10 @@ class Pages(Dataset[Page]):
         """Page ``index``; what cannot be spelled in ASCII is passed over."""
         items: Iterable[Item] = map(self._trimmed, self.maker.items(index))
         if self.data.turns:
-            placed = np.random.default_rng((self.seed, index, 3)).random() < self.data.places
-            without = {*self.data.without, *(() if placed else PLACES)}
+            places, reads = np.random.default_rng((self.seed, index, 3)).random(2)
+            without = set(self.data.without)
+            without |= set(PLACES) if places >= self.data.places else set()
+            without |= {*ALL, "caption"} if reads >= self.data.reads else set()
             ask = Compose(
                 self.data.turns, text_only=0, pairs=0, held_out=self.held_out,
                 without=frozenset(without), first=self.data.read_first,
@@ -126,7 +130,9 @@ class Pages(Dataset[Page]):
         return Page(sample, (_block(self.plan, image, rows),))
 
     def _trimmed(self, item: Item) -> Item:
-        return self.trimmed(item) if isinstance(item, Sample) else item
+        if not isinstance(item, Sample):
+            return item
+        return self.trimmed(only_printed(item) if self.data.printed else item)
 
     def trimmed(self, sample: Sample) -> Sample:
         """A sample of one picture without the margins that are not shown."""
@@ -160,6 +166,23 @@ class Pages(Dataset[Page]):
             prefetch_factor=16 if workers else None,
         )
         yield from loader
+
+
+def only_printed(sample: Sample) -> Sample:
+    """A sample of one picture that knows nothing of a chart but what can be read as text.
+
+    Where a bar stands, and what it stands for without a number beside it, a model that is told the
+    lines of a page cannot know: such questions would teach it to guess.
+    """
+    truth = truth_of(sample)
+    if "chart" not in truth.extra:
+        return sample
+    known = replace(truth, items=())
+    words = set(truth.text.replace("%", " ").split())
+    if not all(cell in words for row in truth.table[1:] for cell in row[1:]):
+        facts = tuple(fact for fact in truth.facts if fact.name == "title")
+        known = replace(known, table=(), facts=facts)
+    return replace(sample, pictures=(replace(sample.pictures[0], truth=known),))
 
 
 def truth_of(sample: Sample) -> Truth:

@@ -15,7 +15,8 @@ from .questions import Ask, about, questions
 from .step import Each, Item, Picture, Random, Refused, Reject, Sample, Turn
 from .wording import ABSENT, FULL, SHORT
 
-_ALL = ("read", "table", "code", "latex")  # tasks whose answer is everything that is printed
+ALL = ("read", "table", "code", "latex")
+"""Tasks whose answer is everything that is printed."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Compose:
             chosen.append(no)
         # All of the text mostly comes last: whatever is asked after it could be answered from it.
         first = bool(self.first) and rng.random() < self.first
-        chosen.sort(key=lambda ask: ask.task in _ALL, reverse=first)
+        chosen.sort(key=lambda ask: ask.task in ALL, reverse=first)
         yield _with_turns(sample, chosen, rng, "<image>\n")
         if rng.random() < self.text_only and (text := _text_only(sample, rng)) is not None:
             yield text

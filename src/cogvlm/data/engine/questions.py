@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ...processor.lines import place
 from . import words
@@ -115,6 +116,7 @@ def _read_part(picture: Picture, rng: Random) -> list[Ask]:
             )
         )
     pool += _about_words([word for line in lines for word in line.text.split()], rng)
+    pool += _next_line(picture, rng)
     once = _once(truth.words)
     if len(once) > 4:
         word = words.pick(rng, once)
@@ -140,16 +142,40 @@ def _about_words(text: list[str], rng: Random) -> list[Ask]:
     once = [i for i, word in enumerate(text) if counts[word] == 1 and word.isalnum()]
     for side, step in (("after", 1), ("before", -1)):
         known = [i for i in once if 0 <= i + step < len(text) and text[i + step].isalnum()]
-        if known:
-            i = words.pick(rng, known)
+        for i in words.several(rng, known, 2):
             word, found = text[i], text[i + step]
             question = f'Which word comes {side} "{word}"?'
             pool.append(Ask("next word", question, found, f'"{found}" comes {side} "{word}".'))
-    there = bool(rng.random() < 0.5)
-    word = text[words.pick(rng, once)] if there and once else words.pick(rng, words.COMMON)
-    there = any(word.lower() in other.lower() for other in text)
-    question = f'Is the word "{word}" in the picture?{YES_NO}'
-    return [*pool, Ask("word there", question, "yes" if there else "no")]
+    asked = [text[i] for i in words.several(rng, once, 1)] + [words.pick(rng, words.COMMON)]
+    for word in asked:  # one that is there, and one that hardly is
+        there = any(word.lower() in other.lower() for other in text)
+        question = f'Is the word "{word}" in the picture?{YES_NO}'
+        pool.append(Ask("word there", question, "yes" if there else "no"))
+    return pool
+
+
+def _next_line(picture: Picture, rng: Random) -> list[Ask]:
+    """What stands right above and below a short line."""
+    lines = [line for line in _once(picture.truth.lines) if line.role != "row"]
+    pool: list[Ask] = []
+    if any(fact.name == "next step" for fact in picture.truth.facts):
+        return pool  # of a diagram, arrows say what comes after what
+    pairs = [pair for pair in pairwise(lines) if _below(*pair)]
+    for upper, lower in words.several(rng, pairs, 2):
+        for side, known, found in (("below", upper, lower), ("above", lower, upper)):
+            question = words.pick(rng, ASK[side]).format(known.text)
+            full = f'"{found.text}" stands {side} "{known.text}".'
+            pool.append(Ask("next line", question, found.text, full))
+    return pool
+
+
+def _below(upper: Piece, lower: Piece) -> bool:
+    """Whether a line stands right under another, and both are short enough to be named."""
+    high = upper.box[3] - upper.box[1]
+    gap = lower.box[1] - upper.box[3]
+    beside = min(upper.box[2], lower.box[2]) - max(upper.box[0], lower.box[0])
+    short = max(len(upper.text), len(lower.text)) <= 40
+    return short and -0.5 * high < gap < 2 * high and beside > 0
 
 
 def _read_at(piece: Piece, picture: Picture, rng: Random) -> Ask:

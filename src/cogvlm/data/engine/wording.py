@@ -36,6 +36,14 @@ ASK = {
         'What stands beside "{o}"?', 'What is listed for "{o}"?', 'What does it say about "{o}"?',
         'What comes after "{o}" in its row?',
     ),
+    "below": (
+        'What stands below "{}"?', 'What comes after "{}"?', 'Which line comes after "{}"?',
+        'What is written under "{}"?',
+    ),
+    "above": (
+        'What stands above "{}"?', 'What comes before "{}"?', 'Which line comes before "{}"?',
+        'What is written over "{}"?',
+    ),
     "formula": ("Write the formula as LaTeX.", "What is the formula in LaTeX?"),
 }  # fmt: skip
 
