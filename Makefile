@@ -28,7 +28,7 @@ demo: $(STAMP)  ## reads a line of print from a picture
 	$(BIN)/cogvlm ask examples/line.png "What does the picture say?"
 
 test: $(STAMP)  ## every test and doctest
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 quick: $(STAMP) ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
