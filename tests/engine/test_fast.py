@@ -7,10 +7,12 @@ float32 in these models (0.13 to 0.2 at most); where the kernels are the same, b
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from cogvlm.engine import fast
@@ -81,6 +83,34 @@ def test_the_head_of_a_quantised_model_is_multiplied_in_float16(precision: str |
         found, expected = (one(tokens, places, seat.view, None) for one in (steps, exact))
     # Eleven bits of each weight; none more is lost, and without the kernel nothing.
     assert_close(found, expected, rtol=0, atol=2**-9 if steps._half is not None else 0.0)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="laid out for MKL")
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_that_lie_the_other_way_are_the_same(tied: bool, tmp_path: Path) -> None:
+    loaded = family("cogvlm2")
+    model: Any = loaded.model
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    runner = ModelRunner(loaded, 4, 0, 0)
+    linear = model.model.layers[1].mlp.language_mlp.down_proj
+    assert linear.weight.t().is_contiguous()
+    assert model.model.embed_tokens.weight.is_contiguous()
+    assert model.lm_head.weight.is_contiguous() == tied
+    assert runner._fast is not None and (runner._fast._head is None) != tied
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    other = family("cogvlm2")
+    if tied:
+        other.model.lm_head.weight = other.model.model.embed_tokens.weight
+    found, expected = (
+        scores(one, together=True, own=own) for one, own in ((loaded, False), (other, True))
+    )
+    assert_close(found, expected, rtol=0, atol=TOLERANCES[torch.float32])
+    model.save_pretrained(tmp_path)  # as it was, too
+    kept = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.items())
+    assert len(kept) > 10
 
 
 def changed(name: str, change: Any) -> Any:

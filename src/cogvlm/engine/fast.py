@@ -50,13 +50,16 @@ class Steps:
 
     Args:
         model: one that :func:`is_known`.
+        rows: most tokens at a time; of several, float32 weights are laid out for that, see
+            :func:`lay_out`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, rows: int = 1) -> None:
         self._model = model
         self._few = [_Layer.of(layer, _bare) for layer in model.model.layers]
         self._many = [_Layer.of(layer, lambda module: module) for layer in model.model.layers]
         self._half = _half_head(model)
+        self._head = lay_out(model) if rows > 1 and self._half is None else None
 
     def __call__(
         self,
@@ -99,8 +102,47 @@ class Steps:
         if self._half is not None:
             scores = torch.ops.quantized.linear_dynamic_fp16(x, self._half)
             return scores
+        if self._head is not None:
+            return F.linear(x, self._head, self._model.lm_head.bias)
         scores = self._model.lm_head(x[:, None])
         return scores[:, -1].float()
+
+
+def lay_out(model: Any) -> Tensor | None:
+    """Let float32 matrices of the language model lie column by column, in place.
+
+    So MKL multiplies eight tokens with them in 0.65 of the time, one in 0.95 (two and three take
+    1.3 times as long): for a few rows it puts a matrix that lies row by row in order each time.
+    They are the same matrices, with other strides; their memory is exchanged one by one.
+
+    Returns:
+        The head's, where it is the embedding too, which must lie as it is: a copy.
+    """
+    if not torch.backends.mkl.is_available():
+        return None
+    head, embedding = model.lm_head, model.model.embed_tokens.weight
+    tied = _is_plain(head) and head.weight is embedding
+    for module in (
+        *(() if tied else (head,)),
+        *(m for layer in model.model.layers for m in _language(layer)),
+    ):
+        if _is_plain(module) and module.weight.is_contiguous():
+            module.weight.data = module.weight.data.t().contiguous().t()
+    return embedding.detach().t().contiguous().t() if tied else None
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether it is multiplied in float32 on a CPU."""
+    if type(module) is not nn.Linear:
+        return False
+    return module.weight.device.type == "cpu" and module.weight.dtype is torch.float32
+
+
+def _language(layer: Any) -> tuple[nn.Module, ...]:
+    """The matrices that text tokens of a layer meet."""
+    attn, mlp = layer.self_attn, layer.mlp.language_mlp
+    qkv, dense = attn.language_expert_query_key_value, attn.language_expert_dense
+    return qkv, dense, mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
 
 @dataclass(frozen=True)
@@ -120,16 +162,17 @@ class _Layer:
 
     @classmethod
     def of(cls, layer: Any, product: Callable[[nn.Module], Product]) -> _Layer:
-        attn, mlp = layer.self_attn, layer.mlp.language_mlp
+        attn = layer.self_attn
+        qkv, dense, gate, up, down = map(product, _language(layer))
         return cls(
             attn,
-            mlp.activation,
+            layer.mlp.language_mlp.activation,
             (layer.input_layernorm, layer.post_attention_layernorm),
-            product(attn.language_expert_query_key_value),
-            product(attn.language_expert_dense),
-            product(mlp.gate_proj),
-            product(mlp.up_proj),
-            product(mlp.down_proj),
+            qkv,
+            dense,
+            gate,
+            up,
+            down,
             attn.vision_expert_text_query_key_value,
             attn.vision_expert_text_dense,
         )

@@ -146,7 +146,7 @@ class ModelRunner:
         self._alone = isinstance(loaded.model, CogAgentForCausalLM)
         self.most_ahead = FEW - 1 if masked and not self._alone else 1
         self._full = getattr(loaded.model.config, "image_attention", "causal") == "full"
-        self._fast = fast.Steps(loaded.model) if fast.is_known(loaded.model) else None
+        self._fast = fast.Steps(loaded.model, slots) if fast.is_known(loaded.model) else None
         # Whether its language weights are others behind a picture.
         self._minds = getattr(loaded.model.config, "text_rank", None) is not None
         self._slots = Slots(slots)
