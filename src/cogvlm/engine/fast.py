@@ -50,16 +50,16 @@ class Steps:
 
     Args:
         model: one that :func:`is_known`.
-        rows: most tokens at a time; of several, float32 weights are laid out for that, see
-            :func:`lay_out`.
+        lasting: whether there will be many steps, several tokens at a time: float32 weights are
+            laid out for that, see :func:`lay_out`.
     """
 
-    def __init__(self, model: Any, rows: int = 1) -> None:
+    def __init__(self, model: Any, lasting: bool = False) -> None:
         self._model = model
         self._few = [_Layer.of(layer, _bare) for layer in model.model.layers]
         self._many = [_Layer.of(layer, lambda module: module) for layer in model.model.layers]
         self._half = _half_head(model)
-        self._head = lay_out(model) if rows > 1 and self._half is None else None
+        self._head = lay_out(model) if lasting and self._half is None else None
 
     def __call__(
         self,
@@ -113,7 +113,8 @@ def lay_out(model: Any) -> Tensor | None:
 
     So MKL multiplies eight tokens with them in 0.65 of the time, one in 0.95 (two and three take
     1.3 times as long): for a few rows it puts a matrix that lies row by row in order each time.
-    They are the same matrices, with other strides; their memory is exchanged one by one.
+    They are the same matrices, with other strides; their memory is exchanged one by one, which for
+    nano takes half a second.
 
     Returns:
         The head's, where it is the embedding too, which must lie as it is: a copy.

@@ -146,7 +146,10 @@ class ModelRunner:
         self._alone = isinstance(loaded.model, CogAgentForCausalLM)
         self.most_ahead = FEW - 1 if masked and not self._alone else 1
         self._full = getattr(loaded.model.config, "image_attention", "causal") == "full"
-        self._fast = fast.Steps(loaded.model, slots) if fast.is_known(loaded.model) else None
+        # What keeps nothing for the next conversation is there for one.
+        lasting = slots > 1 or prefix_bytes > 0
+        known = fast.is_known(loaded.model)
+        self._fast = fast.Steps(loaded.model, lasting) if known else None
         # Whether its language weights are others behind a picture.
         self._minds = getattr(loaded.model.config, "text_rank", None) is not None
         self._slots = Slots(slots)
